@@ -1,0 +1,600 @@
+"""The diffusion model of Synthetic Experience Replay (SynthER, Lu et al., NeurIPS 2023), in one file.
+
+An Elucidated Diffusion Model (EDM, Karras et al. 2022) learns the rows [s, a, r, s', d] of a replay buffer and
+generates as many new ones as an agent wants. The scripts of this project import this module and nothing else of
+each other; it also works alone, for people who bring their own agent:
+
+    python edm.py --data my_transitions.npz --num-samples 1000000 --out synthetic.npz
+    python edm.py --data ~/.d4rl/datasets/hopper_medium-v2.hdf5 --num-samples 5000000 --out synthetic.npz
+    python edm.py --data mujoco/hopper/medium-v0 --num-samples 100000 --out synthetic.npz   # a Minari dataset
+
+or from Python, with any float32 rows:
+
+    model = edm.train_edm(rows, steps=100_000)             # [num_rows, dim] -> EDM (the EMA weights)
+    new_rows = edm.generate(model, 1_000_000)              # [1_000_000, dim]
+
+Contents: denoiser | preconditioning and loss | noise schedule and samplers | training | generation |
+transitions <-> rows | sample quality | command line.
+
+"Section", "Table" and "Figure" refer to the SynthER paper, "Karras" to Karras et al. 2022 (arXiv 2206.00364).
+"""
+
+import copy
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Optional
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+class RunError(Exception):
+    """The run cannot go on; the message is one sentence for the user. The scripts print it and exit with code 2."""
+
+
+BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # progress bars: rarely into a log file
+
+
+# --- Denoiser ---------------------------------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Section 3.1, Appendix B.2).
+
+    A 42-dimensional transition gives 6,497,066 trainable parameters at the default size.
+
+    Args:
+        dim: columns of a row.
+        width, depth: units per residual block, number of blocks (Table 8: 1024 and 6).
+        cond_dim: columns of an optional condition, concatenated to the row; the paper uses none.
+        time_dim: size of the noise-level embedding (128 in the offline experiments, 256 online).
+        rff_dim: random Fourier features, half sines and half cosines (Table 8: 16).
+        residual: False gives the plain MLP of Table 10.
+    """
+
+    def __init__(self, dim, width=1024, depth=6, cond_dim=0, time_dim=128, rff_dim=16, residual=True):
+        super().__init__()
+        self.residual = residual
+        self.register_buffer("frequencies", torch.randn(rff_dim // 2))  # drawn once, never trained
+        self.row_in = nn.Linear(dim + cond_dim, time_dim)
+        self.time_mlp = nn.Sequential(nn.Linear(rff_dim + 1, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.hidden_in = nn.Linear(time_dim, width)
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
+        self.out = nn.Linear(width, dim)
+
+    def forward(self, x, c_noise, cond=None):
+        """Args: x [batch, dim]; c_noise [batch], or [1] for one noise level for all; cond [batch, cond_dim].
+
+        With a single noise level the embedding is computed once and broadcast, which is what the samplers rely on.
+        """
+        angle = 2 * math.pi * c_noise[:, None] * self.frequencies
+        embedding = self.time_mlp(torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1))
+        h = self.row_in(x if cond is None else torch.cat([x, cond], dim=-1))
+        h = self.hidden_in(h + embedding)
+        for block in self.blocks:
+            h = h + block(F.relu(h)) if self.residual else block(F.relu(h))  # Equation 3
+        return self.out(F.relu(h))
+
+
+# --- Preconditioning and loss -----------------------------------------------------------------------------------------
+
+
+class EDM(nn.Module):
+    """D_theta: the denoiser with Karras' preconditioning (their Table 1), its loss, and the normaliser of the rows.
+
+    `forward` and `loss` work on normalised rows; `normalize` and `unnormalize` go back and forth. sigma_data is 1
+    (EDM's default is 0.5) because the rows are standardised. The other arguments are the Denoiser's.
+    """
+
+    P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras Table 1
+
+    def __init__(self, dim, width=1024, depth=6, cond_dim=0, time_dim=128, rff_dim=16, residual=True, sigma_data=1.0):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.dim, self.sigma_data = dim, sigma_data
+        self.denoiser = Denoiser(dim, width, depth, cond_dim, time_dim, rff_dim, residual)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit_normalizer(self, data, skip=()):
+        """Standardise every column of `data` [num_rows, dim] except those in `skip`, which stay as they are.
+
+        std is the unbiased estimate plus 1e-5, so a constant column divides by 1e-5 and normalises to zero.
+        """
+        mean, std = data.double().mean(0), data.double().std(0) + 1e-5
+        mean[list(skip)], std[list(skip)] = 0.0, 1.0
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def normalize(self, rows):
+        return (rows - self.mean) / self.std
+
+    def unnormalize(self, x):
+        return x * self.std + self.mean
+
+    def forward(self, x, sigma, cond=None):
+        """The denoised estimate of x. Args: x [batch, dim] with noise of level sigma (a scalar or [batch])."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance.sqrt()
+        c_in = 1 / variance.sqrt()
+        c_noise = sigma.clamp(min=1e-20).log().flatten() / 4
+        return c_skip * x + c_out * self.denoiser(c_in * x, c_noise, cond)
+
+    def loss(self, x, cond=None):
+        """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8).
+
+        The paper's Equation 2 leaves out the weight; its code has it, as here.
+        """
+        sigma = (self.P_MEAN + self.P_STD * torch.randn(len(x), 1, device=x.device)).exp()
+        denoised = self(x + sigma * torch.randn_like(x), sigma, cond)
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        return (weight * (denoised - x) ** 2).mean()
+
+
+def save_edm(path, model):
+    """Write a trained model to one file that `load_edm` opens."""
+    save_atomically(path, lambda f: torch.save({"config": model.config, "state": model.state_dict()}, f))
+
+
+def load_edm(path, device="cpu"):
+    """The model in a file of `save_edm` (`diffusion.pt` of a run folder)."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    model = EDM(**saved["config"]).to(device)
+    model.load_state_dict(saved["state"])
+    return model.requires_grad_(False)
+
+
+# --- Noise schedule and samplers --------------------------------------------------------------------------------------
+# `denoise(x, sigma)` is the only contract between a model and a sampler. x arrives as sigmas[0] times unit noise.
+
+
+def karras_sigmas(num_steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """The noise levels of Karras' Equation 5, from sigma_max to sigma_min and then 0. Returns float64 [num_steps + 1]."""
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def sample_sde(
+    denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003, generator: Optional[torch.Generator] = None
+):
+    """The paper's sampler: Karras' Algorithm 2, stochastic Heun with the constants of Table 9.
+
+    N levels cost 2N - 1 network calls. With s_churn = 0 it is the deterministic Heun solver (their Algorithm 1).
+    Each step with churn adds noise s_noise times too large, so few steps inflate the variance: the paper takes 128.
+    """
+    sigmas = sigmas.tolist()
+    num_steps = len(sigmas) - 1
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        gamma = min(s_churn / num_steps, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        sigma_hat = sigma * (1 + gamma)
+        if gamma > 0:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * noise
+        slope = (x - denoise(x, sigma_hat)) / sigma_hat
+        x_next = x + (sigma_next - sigma_hat) * slope
+        if sigma_next > 0:  # Heun's correction; impossible at the last step, where the slope would divide by zero
+            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            x_next = x + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def sample_dpmpp(denoise, x, sigmas):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): deterministic, second order, one network call per level."""
+    sigmas = sigmas.tolist()
+    previous, h_previous = None, None
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            return denoised
+        h = math.log(sigma / sigma_next)
+        target = denoised
+        if previous is not None:  # linear extrapolation of the denoised estimate to the middle of the step
+            target = denoised + (h / (2 * h_previous)) * (denoised - previous)
+        x = (sigma_next / sigma) * x - math.expm1(-h) * target
+        previous, h_previous = denoised, h
+    return x
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def ema_decay(step, beta=0.995, update_after=100, power=2 / 3):
+    """The weight of the old average at the EMA call of this 0-based step; 0 copies the weights.
+
+    The warm-up of the ema-pytorch package: 0.798 at step 110, 0.954 at 200, 0.989 at 1000, `beta` from 2930 on.
+    """
+    return min(beta, 1 - max(step - update_after, 0) ** -power) if step > update_after else 0.0
+
+
+def cosine_lr(lr, step, steps):
+    """Cosine annealing from `lr` at step 0 to 0 at `steps` (Table 8). A function of the step alone, so resume is exact."""
+    return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
+
+
+def epoch_batches(num_rows, batch_size, seed, step=0, device="cpu"):
+    """Yield index tensors [batch_size], entered at `step`: an endless line of shuffled epochs, cut into equal batches.
+
+    Each row comes exactly once per epoch. A batch may span two epochs; the official code makes it shorter instead.
+    """
+    shuffle = lambda epoch: torch.randperm(  # noqa: E731
+        num_rows, generator=torch.Generator(device).manual_seed(seed * 1_000_003 + epoch), device=device
+    )
+    epoch, start = divmod(step * batch_size, num_rows)
+    line = shuffle(epoch)
+    while True:
+        while start + batch_size > len(line):
+            epoch += 1
+            line, start = torch.cat([line[start:], shuffle(epoch)]), 0
+        yield line[start : start + batch_size]
+        start += batch_size
+
+
+def cuda_graph(step: Callable[[], None], warmup=3):
+    """Record `step`, which takes no arguments and reads and writes fixed tensors only, and replay it from then on.
+
+    A training step of these small networks is bound by kernel launches on a GPU; a replay launches once. The first
+    calls run as usual (they count as steps): optimisers and workspaces are allocated there.
+    """
+    graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
+
+    def run():
+        nonlocal calls
+        if calls < warmup:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if calls == warmup:
+                with torch.cuda.graph(graph):  # records without running
+                    step()
+            graph.replay()
+        calls += 1
+
+    return run
+
+
+def save_atomically(path, write: Callable):
+    """Call `write(file)` on a temporary name beside `path`, then rename: `path` is never half written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def train_edm(
+    data,
+    *,
+    steps=100_000,
+    batch_size=256,
+    lr=3e-4,
+    width=1024,
+    depth=6,
+    residual=True,
+    time_dim=128,
+    skip=(),
+    cond=None,
+    seed=0,
+    device=None,
+    compile="auto",
+    checkpoint_path=None,
+    checkpoint_every=10_000,
+    log_every=500,
+    on_log: Optional[Callable[[int, dict], None]] = None,
+    progress=True,
+) -> EDM:
+    """Train a diffusion model on rows (Appendix B.2, Table 8) and return its exponential moving average.
+
+    Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1, EMA 0.995 every 10 steps. The data live
+    on the device; nothing in a step waits for the host.
+
+    Args:
+        data: [num_rows, dim] float32, in raw units.
+        steps, batch_size, lr: optimiser steps, rows per step, initial learning rate.
+        width, depth, residual, time_dim: the Denoiser's.
+        skip: columns that are not standardised.
+        cond: optional condition [num_rows, cond_dim].
+        seed: of the weights, noise and batches. The caller's random state is left as it was.
+        compile: "off" runs every step eagerly; otherwise a CUDA device replays a graph.
+        checkpoint_path: written every `checkpoint_every` steps; if it exists, training goes on from it, exactly.
+        on_log: called with (step, {key: value}) every `log_every` steps.
+
+    Raises:
+        RunError: the data are not finite, or the loss is not.
+    """
+    device = torch.device(device or data.device)
+    if not torch.isfinite(data).all():
+        raise RunError("the training rows of the diffusion model hold NaN or Inf")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        cond_dim = 0 if cond is None else cond.shape[1]
+        model = EDM(data.shape[1], width, depth, cond_dim, time_dim, residual=residual).to(device)
+        model.fit_normalizer(data, skip)
+        ema = copy.deepcopy(model).requires_grad_(False)
+        params = list(model.parameters())
+        current_lr = torch.tensor(lr, device=device) if device.type == "cuda" else lr
+        optimizer = torch.optim.Adam(params, current_lr, betas=(0.9, 0.99), fused=True)
+
+        start = 0
+        if checkpoint_path and os.path.exists(checkpoint_path):
+            saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
+            model.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            optimizer.load_state_dict(saved["optimizer"])
+            optimizer.param_groups[0]["lr"] = current_lr
+            set_rng_state(saved["rng"], device)
+            start = saved["step"]
+
+        x = model.normalize(data.to(device))
+        batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        loss_sum = torch.zeros((), device=device)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            loss = model.loss(x[batch], None if cond is None else cond[batch])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            loss_sum.add_(loss.detach())
+
+        step = cuda_graph(step) if device.type == "cuda" and compile != "off" else step
+        batches = epoch_batches(len(x), batch_size, seed, start, device)
+        bar = tqdm(range(start, steps), "diffusion", initial=start, total=steps, disable=not progress, **BAR)
+        last_log, last_time = start, time.time()
+        for i in bar:
+            batch.copy_(next(batches))
+            if device.type == "cuda":
+                current_lr.fill_(cosine_lr(lr, i, steps))
+            else:
+                optimizer.param_groups[0]["lr"] = cosine_lr(lr, i, steps)
+            step()
+            if i % 10 == 0:
+                torch._foreach_lerp_(list(ema.parameters()), params, 1 - ema_decay(i))
+            done = i + 1
+            if done % log_every == 0 or done == steps:
+                loss = loss_sum.item() / (done - last_log)  # the only wait for the device
+                if not math.isfinite(loss):
+                    raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
+                bar.set_postfix(loss=f"{loss:.3f}")
+                rate = (done - last_log) / (time.time() - last_time)
+                if on_log:
+                    on_log(done, {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate})
+                loss_sum.zero_()
+                last_log, last_time = done, time.time()
+            if checkpoint_path and done % checkpoint_every == 0 and done < steps:
+                state = {
+                    "stage": "diffusion",
+                    "step": done,
+                    "model": model.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "rng": get_rng_state(device),
+                }
+                save_atomically(checkpoint_path, lambda f: torch.save(state, f))
+    return ema
+
+
+def get_rng_state(device):
+    """The state of torch's global generator that draws on `device`."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_rng_state(state, device):
+    """Undo `get_rng_state`."""
+    torch.cuda.set_rng_state(state.cpu(), device) if device.type == "cuda" else torch.set_rng_state(state.cpu())
+
+
+# --- Generation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    edm,
+    num_samples,
+    *,
+    sampler="dpmpp",
+    sample_steps=20,
+    batch_size=None,
+    seed=0,
+    cond=None,
+    partial_path=None,
+    progress=True,
+):
+    """Draw new rows from a trained model.
+
+    Args:
+        edm: the model, on the device that shall do the work.
+        num_samples: any number; the last batch may be partial.
+        sampler: "dpmpp" (sample_steps network calls) or "sde", the paper's (2 * sample_steps - 1 calls, 128 steps).
+        batch_size: rows at a time; None takes 100,000 on a GPU (as the paper) and 2,000 on a CPU, where the
+            activations should fit the cache. Part of the random stream, like the seed.
+        cond: optional condition [num_samples, cond_dim].
+        partial_path: finished batches are appended to this file, and a run that was killed goes on after them.
+            The caller deletes it.
+
+    Returns:
+        float32 [num_samples, dim] on the CPU, in raw units. Not clipped, as in the paper.
+
+    Raises:
+        RunError: the model generates values that are not finite.
+    """
+    device = edm.mean.device
+    batch_size = batch_size or (100_000 if device.type == "cuda" else 2_000)
+    sample = {"dpmpp": sample_dpmpp, "sde": sample_sde}[sampler]
+    sigmas = karras_sigmas(sample_steps)
+    rows = torch.empty(num_samples, edm.dim)
+    done = 0
+    if partial_path:
+        partial = open(partial_path, "ab")
+        done = min(os.path.getsize(partial_path) // (4 * edm.dim) // batch_size * batch_size, num_samples)
+        partial.truncate(4 * edm.dim * done)
+        rows[:done] = torch.from_numpy(np.fromfile(partial_path, np.float32)).reshape(done, edm.dim)
+    bar = tqdm(desc="sampling", initial=done, total=num_samples, unit="row", disable=not progress, **BAR)
+    for start in range(done, num_samples, batch_size):
+        size = min(batch_size, num_samples - start)
+        batch_cond = None if cond is None else cond[start : start + size].to(device)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + start)  # a stream of its own per batch
+        x = sigmas[0].item() * torch.randn(size, edm.dim, generator=generator, device=device)
+        stochastic = {"generator": generator} if sampler == "sde" else {}
+        x = sample(lambda x, sigma: edm(x, sigma, batch_cond), x, sigmas, **stochastic)
+        rows[start : start + size] = edm.unnormalize(x)
+        if partial_path:
+            rows[start : start + size].numpy().tofile(partial)
+            partial.flush()
+        bar.update(size)
+    if partial_path:
+        partial.close()
+    return rows
+
+
+# --- Transitions <-> rows ---------------------------------------------------------------------------------------------
+
+
+def pack(observations, actions, rewards, next_observations, terminals):
+    """The rows [s, a, r, s', d] of arrays or tensors [N, obs_dim], [N, act_dim], [N], [N, obs_dim], [N].
+
+    Returns: float32 tensor [N, 2 * obs_dim + act_dim + 2].
+    """
+    columns = [torch.as_tensor(x) for x in (observations, actions, rewards, next_observations, terminals)]
+    obs_dim, act_dim = columns[0].shape[1], columns[1].shape[1]
+    rows = torch.empty(len(columns[0]), 2 * obs_dim + act_dim + 2)
+    for part, column in zip(rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=1), columns):
+        part.copy_(column.reshape(part.shape))
+    return rows
+
+
+def unpack(rows, obs_dim, act_dim):
+    """The arrays of rows [N, 2 * obs_dim + act_dim + 2], by their D4RL names; a terminal is a raw value above 0.5.
+
+    Returns: dict of numpy arrays: observations, actions, rewards [N], next_observations, terminals [N] (bool). All but
+    the last are views of `rows` where these are on the CPU.
+    """
+    observations, actions, rewards, next_observations, terminals = (
+        part.cpu().numpy() for part in rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=1)
+    )
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards[:, 0],
+        "next_observations": next_observations,
+        "terminals": terminals[:, 0] > 0.5,
+    }
+
+
+# --- Sample quality ---------------------------------------------------------------------------------------------------
+
+
+def marginal(real, synthetic):
+    """Mean over the columns of 1 - Kolmogorov-Smirnov distance (Table 1, "Marginal"): 1 is perfect.
+
+    Args: real [N, dim] and synthetic [M, dim], arrays or tensors; NaNs are left out. As SDMetrics' KSComplement.
+    """
+    scores = []
+    for x, y in zip(np.asarray(real).T, np.asarray(synthetic).T):
+        x, y = np.sort(x[~np.isnan(x)]), np.sort(y[~np.isnan(y)])
+        both = np.concatenate([x, y])
+        distance = np.searchsorted(x, both, "right") / len(x) - np.searchsorted(y, both, "right") / len(y)
+        scores.append(1 - np.abs(distance).max())
+    return float(np.mean(scores))
+
+
+def correlation(real, synthetic):
+    """Mean over the pairs of columns of 1 - |rho_real - rho_synthetic| / 2, rho Pearson's (Table 1, "Correlation").
+
+    Pairs with a column that is constant in `real` have no correlation to match and are left out; a column that is
+    constant in `synthetic` only counts as uncorrelated. As SDMetrics' CorrelationSimilarity. NaN if no pair is left.
+    """
+    varies = np.asarray(real).std(0) > 0
+
+    def pearson(rows):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rho = np.corrcoef(np.asarray(rows, np.float64)[:, varies], rowvar=False)
+        return np.nan_to_num(np.atleast_2d(rho))[np.triu_indices(varies.sum(), 1)]
+
+    difference = np.abs(pearson(real) - pearson(synthetic))
+    return float(np.mean(1 - difference / 2)) if len(difference) else math.nan
+
+
+def quality_report(real, synthetic, num_neighbors=1000):
+    """How close generated rows are to real ones. Returns a dict of numbers:
+
+    marginal, correlation, spearman: Table 1's scores, and the second with rank correlations (the paper's text has
+        "Pearson rank"); all real rows against at most 100,000 generated ones, as in the paper.
+    terminals_real, terminals: shares of rows whose last column is above 0.5.
+    nonfinite: share of generated rows with NaN or Inf; the other figures are of the rest.
+    nearest, nearest_real: median distance, in standardised units, from a generated row to its nearest real row, and
+        from a real row to its nearest other one. Copying shows as nearest far below nearest_real.
+
+    Args: real [N, dim], synthetic [M, dim] CPU tensors in raw units.
+    """
+    nonfinite = 1 - torch.isfinite(synthetic).all(1).double().mean().item()
+    some = synthetic[:100_000]
+    some = some[torch.isfinite(some).all(1)]
+    if len(some) < 2:
+        return {"nonfinite": nonfinite}
+    generator = torch.Generator().manual_seed(0)
+    mean, scale = real.mean(0), real.std(0) + 1e-5
+    shuffled = ((real - mean) / scale)[torch.randperm(len(real), generator=generator)[:50_000]]
+    num_neighbors = min(num_neighbors, len(shuffled) // 2)
+    queries = {"nearest": (some[:num_neighbors] - mean) / scale, "nearest_real": shuffled[:num_neighbors]}
+    others = shuffled[num_neighbors:]
+    nearest = {key: torch.cdist(x, others).amin(1).median().item() for key, x in queries.items()}
+    return {
+        "marginal": marginal(real, some),
+        "correlation": correlation(real, some),
+        "spearman": correlation(real.argsort(0).argsort(0), some.argsort(0).argsort(0)),
+        "terminals_real": (real[:, -1] > 0.5).double().mean().item(),
+        "terminals": (some[:, -1] > 0.5).double().mean().item(),
+        "nonfinite": nonfinite,
+        **nearest,
+    }
+
+
+def format_report(report):
+    """The quality report as lines of text."""
+    return "sample quality:\n" + "\n".join(f"  {key:<15} {value:.5g}" for key, value in report.items())
+
+
+def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
+    """Histograms of each column of real and generated rows (Figure 8) as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [f"s[{i}]" for i in range(obs_dim)] + [f"a[{i}]" for i in range(act_dim)] + ["r"]
+    names = (names + [f"s'[{i}]" for i in range(obs_dim)] + ["d"])[:max_panels]
+    columns = 8
+    fig, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(16, 1.6 * -(-len(names) // columns)), layout="constrained"
+    )
+    for i, (ax, name) in enumerate(zip(axes.flat, names)):
+        x, y = real[:100_000, i], synthetic[:100_000, i]
+        low, high = x.quantile(0.001).item(), x.quantile(0.999).item()
+        bins = np.linspace(low - 1e-3, high + 1e-3, 60)
+        ax.hist(x.clamp(low, high).numpy(), bins, density=True, color="tab:orange", alpha=0.6)
+        ax.hist(y.clamp(low, high).numpy(), bins, density=True, color="tab:blue", alpha=0.6)
+        ax.set_title(name, fontsize=8)
+        ax.set_yticks([])
+        ax.tick_params(labelsize=6)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    fig.suptitle("real (orange) and generated (blue)")
+    save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
+    plt.close(fig)

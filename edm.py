@@ -24,9 +24,11 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Literal, Optional
 
+import h5py
 import numpy as np
 import torch
 import torch.nn as nn
@@ -332,8 +334,11 @@ def train_edm(
         optimizer = torch.optim.Adam(params, current_lr, betas=(0.9, 0.99), fused=True)
 
         start = 0
+        settings = dict(model.config, rows=len(data), steps=steps, batch_size=batch_size, lr=lr, seed=seed)
         if checkpoint_path and os.path.exists(checkpoint_path):
             saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
+            if saved["settings"] != settings:
+                raise RunError(f"{checkpoint_path} is of a run with other settings: {saved['settings']}, not {settings}")
             model.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -377,9 +382,10 @@ def train_edm(
                     on_log(done, {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate})
                 loss_sum.zero_()
                 last_log, last_time = done, time.time()
-            if checkpoint_path and done % checkpoint_every == 0 and done < steps:
+            if checkpoint_path and (done % checkpoint_every == 0 or done == steps):
                 state = {
                     "stage": "diffusion",
+                    "settings": settings,
                     "step": done,
                     "model": model.state_dict(),
                     "ema": ema.state_dict(),
@@ -598,3 +604,209 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
     plt.close(fig)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+# Copied from synther_td3bc.TRANSITION_KEYS
+TRANSITION_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
+
+
+# Copied from synther_td3bc.qlearning_dataset with edm.RunError->RunError
+def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
+    """Transitions (s, a, r, s', d) from the rows of a D4RL file, as `d4rl.qlearning_dataset` makes them.
+
+    Row i gives s' = observations[i + 1]. Rows that end an episode by its time limit have no s' and are left out, as is
+    the last row. On *terminal* rows D4RL does the same, so that s' there is the first observation of the next episode:
+    harmless for Q-learning, which masks it, but the diffusion model learns these jumps (and from them, easily, which
+    rows are terminal). With true_next_obs, terminal rows get the s' in the file's `next_observations`.
+
+    Args:
+        raw: dict of arrays [N, ...] with the keys of a D4RL file; `timeouts` and `next_observations` may be missing.
+        max_episode_steps: where episodes are cut if there are no `timeouts`.
+
+    Returns:
+        dict of arrays: observations, actions, rewards, next_observations (float32) and terminals (bool).
+
+    Raises:
+        RunError: true_next_obs asked of a file without `next_observations`.
+    """
+    terminals = raw["terminals"].astype(bool)
+    if "timeouts" in raw:
+        timeouts = raw["timeouts"].astype(bool)
+    else:  # count the steps of each episode
+        index = np.arange(len(terminals))
+        starts = np.concatenate([[0], np.flatnonzero(terminals[:-1]) + 1])
+        steps = index - starts[np.searchsorted(starts, index, "right") - 1]
+        timeouts = (steps + 1) % max_episode_steps == 0
+    keep = np.flatnonzero(~timeouts[:-1])
+    next_observations = raw["observations"][keep + 1]
+    if true_next_obs:
+        if "next_observations" not in raw:
+            raise RunError("--true-next-obs needs a file with `next_observations`, and this one has none")
+        ends = np.flatnonzero(terminals[keep])
+        next_observations[ends] = raw["next_observations"][keep[ends]]
+    return {
+        "observations": raw["observations"][keep].astype(np.float32),
+        "actions": raw["actions"][keep].astype(np.float32),
+        "rewards": raw["rewards"][keep].astype(np.float32).reshape(-1),
+        "next_observations": next_observations.astype(np.float32),
+        "terminals": terminals[keep].reshape(-1),
+    }
+
+
+# Copied from synther_td3bc.load_transitions with edm.RunError->RunError
+def load_transitions(source, true_next_obs=False):
+    """Transitions from a D4RL-layout HDF5 file, an .npz of transitions, or a Minari dataset.
+
+    Args:
+        source: a path that ends in .hdf5, .h5 or .npz, or a Minari id such as mujoco/hopper/medium-v0.
+        true_next_obs: see `qlearning_dataset`; the other two kinds always hold the true s'.
+
+    Returns:
+        dict of float32 arrays: observations [N, obs_dim], actions [N, act_dim], rewards [N], next_observations
+        [N, obs_dim], and terminals [N] (bool).
+
+    Raises:
+        RunError: the source is missing, unreadable, or not a set of finite transitions.
+    """
+    is_file = Path(source).suffix in (".hdf5", ".h5", ".npz")
+    if is_file and not Path(source).is_file():
+        raise RunError(f"no such dataset file: {source}")
+    try:
+        if Path(source).suffix == ".npz":
+            with np.load(source) as f:
+                data = {key: f[key] for key in TRANSITION_KEYS}
+        elif is_file:
+            with h5py.File(source, "r") as f:
+                keys = ["observations", "actions", "rewards", "terminals"]
+                raw = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
+            check_lengths(raw, source)
+            data = qlearning_dataset(raw, true_next_obs)
+        else:
+            import minari
+
+            episodes = list(minari.load_dataset(source, download=True).iterate_episodes())
+            data = {
+                "observations": np.concatenate([e.observations[:-1] for e in episodes]),
+                "actions": np.concatenate([e.actions for e in episodes]),
+                "rewards": np.concatenate([e.rewards for e in episodes]),
+                "next_observations": np.concatenate([e.observations[1:] for e in episodes]),
+                "terminals": np.concatenate([e.terminations for e in episodes]),
+            }
+    except KeyError as error:
+        raise RunError(f"{source} lacks a key that transitions need: {error.args[0]}") from None
+    except RunError:
+        raise
+    except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
+        raise RunError(f"cannot read {source}: {error}") from None
+    check_lengths(data, source)
+    data = {k: data[k].astype(bool if k == "terminals" else np.float32, copy=False) for k in TRANSITION_KEYS}
+    for key, x in data.items():
+        if x.ndim != (1 if key in ("rewards", "terminals") else 2):
+            raise RunError(f"{source}: {key} has the shape {x.shape}")
+        if not np.isfinite(x).all():
+            raise RunError(f"{source}: {key} holds NaN or Inf")
+    return data
+
+
+# Copied from synther_td3bc.check_lengths with edm.RunError->RunError
+def check_lengths(arrays, source):
+    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
+    rows = {key: len(x) for key, x in arrays.items()}
+    if len(set(rows.values())) != 1:
+        raise RunError(f"{source}: the arrays disagree in length: {rows}")
+    if min(rows.values()) < 2:
+        raise RunError(f"{source} holds no transitions")
+
+
+@dataclass
+class Args:
+    data: str
+    """what to learn from: a D4RL-layout .hdf5, an .npz of transitions, or a Minari id"""
+    num_samples: int
+    """transitions to generate"""
+    out: str
+    """the .npz to write, with D4RL's keys; an existing file is not overwritten"""
+    true_next_obs: bool = False
+    """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
+    diffusion_steps: int = 100_000
+    """training steps (paper: 100,000, Table 8)"""
+    diffusion_width: int = 1024
+    """units per block of the denoiser (paper: 1024)"""
+    diffusion_depth: int = 6
+    """residual blocks of the denoiser (paper: 6)"""
+    diffusion_batch_size: Optional[int] = None
+    """rows per training step (default: 256, and 1024 from 800,000 rows on, as in the paper)"""
+    diffusion_lr: float = 3e-4
+    """initial learning rate of the cosine schedule (paper: 3e-4; with fewer steps or a smaller width, 1e-3)"""
+    sampler: Literal["sde", "dpmpp"] = "dpmpp"
+    """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
+    sample_steps: Optional[int] = None
+    """noise levels of the sampler (default 20 for dpmpp; 128 for sde, the paper's)"""
+    sample_batch_size: Optional[int] = None
+    """transitions generated at a time (default 2,000 on a CPU, 100,000 on a GPU)"""
+    seed: int = 0
+    """seed of the model and its samples"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one"""
+
+
+def main(args):
+    """Train on args.data, write args.num_samples generated transitions to args.out, print the quality report.
+
+    Beside OUT.npz stay OUT.pt, the model, and OUT.png, its histograms. A command that was stopped and is given again
+    goes on from its last checkpoint, OUT.checkpoint.
+    """
+    out = Path(args.out)
+    for path in (out, out.with_suffix(".pt")):
+        if path.exists():
+            raise RunError(f"{path} exists; give another --out or move it away")
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise RunError(f"--out must be an .npz file in an existing folder, not {out}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda needs a GPU, and PyTorch finds none")
+    data = load_transitions(args.data, args.true_next_obs)
+    obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+    real = pack(**data)
+    model = train_edm(
+        real,
+        steps=args.diffusion_steps,
+        batch_size=args.diffusion_batch_size or (256 if len(real) < 800_000 else 1024),
+        lr=args.diffusion_lr,
+        width=args.diffusion_width,
+        depth=args.diffusion_depth,
+        skip=[real.shape[1] - 1],  # the terminal
+        seed=args.seed,
+        device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu",
+        checkpoint_path=out.with_suffix(".checkpoint"),
+    )
+    rows = generate(
+        model,
+        args.num_samples,
+        sampler=args.sampler,
+        sample_steps=args.sample_steps or (128 if args.sampler == "sde" else 20),
+        batch_size=args.sample_batch_size,
+        seed=args.seed,
+        partial_path=out.with_suffix(".partial"),
+    )
+    rows[:, -1] = rows[:, -1] > 0.5
+    print(format_report(quality_report(real, rows)))
+    plot_marginals(out.with_suffix(".png"), real, rows, obs_dim, act_dim)
+    save_edm(out.with_suffix(".pt"), model)
+    save_atomically(out, lambda f: np.savez(f, **unpack(rows, obs_dim, act_dim)))
+    out.with_suffix(".checkpoint").unlink()
+    out.with_suffix(".partial").unlink()
+    print(f"{len(rows)} transitions in {out}, the model in {out.with_suffix('.pt')}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Args))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

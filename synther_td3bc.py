@@ -762,7 +762,8 @@ def main(args):
             actor_step()
         update = i + 1
         if update % log_every == 0:
-            critic_loss, actor_loss = (losses / torch.tensor([log_every, log_every // args.policy_freq])).tolist()
+            critic_loss, actor_loss = losses.tolist()  # the only wait for the device
+            critic_loss, actor_loss = critic_loss / log_every, actor_loss / (log_every // args.policy_freq)
             if not math.isfinite(critic_loss + actor_loss):
                 raise edm.RunError(f"a loss of the agent is no longer finite, between updates {update - log_every} and {update}")
             rate = log_every / (time.time() - last_time)

@@ -1,0 +1,517 @@
+"""Speed of training, sampling and agent updates on this machine, beside plain references and the matmul limit.
+
+    python tests/bench/bench.py                      # about 3 minutes on a 2-core CPU
+    python tests/bench/bench.py --quick              # about a minute, less exact
+    python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment (--memory 200000: of a smaller one)
+
+Each figure is measured on the code that users run. It is printed beside
+- a reference: the same arithmetic written as the public codes write it (SynthER, CORL, ema-pytorch), run eagerly;
+- the limit: the time that the matrix multiplies of these exact shapes take alone, with the settings of our own run.
+
+The three take turns, so that other load on the machine meets all of them. The table shows medians over the turns, and
+the median of the ratios within a turn. Nothing is asserted.
+"""
+
+import argparse
+import copy
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own, before our code may change it
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import edm  # noqa: E402
+
+OBS_DIM, ACT_DIM, DIM = 17, 6, 42  # Walker2d and HalfCheetah
+WIDTH, DEPTH, BATCH = 1024, 6, 256
+
+
+# --- Clock ------------------------------------------------------------------------------------------------------------
+
+
+def clock():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(function):
+    start = clock()
+    function()
+    return clock() - start
+
+
+def take_turns(functions, repeats):
+    """Time the functions one after the other, `repeats` times after a first round that does not count.
+
+    Returns: [len(functions)] lists of `repeats` seconds.
+    """
+    rounds = [[seconds(function) for function in functions] for _ in range(repeats + 1)]
+    return [list(times) for times in zip(*rounds[1:])]
+
+
+class plain_pytorch:
+    """A block with PyTorch's own choice of matmul kernels, which is what the public codes get."""
+
+    def __enter__(self):
+        self.ours = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = PLAIN_PRECISION
+
+    def __exit__(self, *_):
+        torch.backends.mkldnn.matmul.fp32_precision = self.ours
+
+
+# --- Matmul limit -----------------------------------------------------------------------------------------------------
+
+
+def matmuls(device, forward=(), backward=(), first=()):
+    """A function that does the multiplies of linear layers, once, into fixed outputs.
+
+    Args:
+        forward, backward, first: layers (rows, inputs, outputs), or (n, rows, inputs, outputs) for n batched ones, that
+            are run forward only; forward and backward; likewise but with an input that needs no gradient.
+    """
+    new = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
+    jobs = []
+    for group, gradients in ((forward, ""), (backward, "wx"), (first, "w")):
+        for *n, rows, inputs, outputs in group:
+            x, w, y = new(*n, rows, inputs), new(*n, inputs, outputs), new(*n, rows, outputs)
+            jobs.append((x, w, torch.empty_like(y)))
+            if "w" in gradients:
+                jobs.append((x.mT, y, torch.empty_like(w)))
+            if "x" in gradients:
+                jobs.append((y, w.mT, torch.empty_like(x)))
+
+    def run():
+        for a, b, out in jobs:
+            torch.matmul(a, b, out=out)
+
+    return edm.cuda_graph(run) if device == "cuda" else run
+
+
+def denoiser_layers(rows):
+    """The multiplies of the denoiser but for its noise-level embedding: input layer, the others."""
+    return [(rows, DIM, 128)], [(rows, 128, WIDTH)] + DEPTH * [(rows, WIDTH, WIDTH)] + [(rows, WIDTH, DIM)]
+
+
+# --- References: the public way of writing it -------------------------------------------------------------------------
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.activation = nn.ReLU()
+        self.norm = nn.Identity()
+
+    def forward(self, x):
+        return x + self.linear(self.activation(self.norm(x)))
+
+
+class PlainDenoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.project = nn.Linear(DIM, 128)
+        self.time_mlp = nn.Sequential(nn.Linear(17, 128), nn.SiLU(), nn.Linear(128, 128))
+        self.network = nn.Sequential(nn.Linear(128, WIDTH), *[PlainBlock(WIDTH) for _ in range(DEPTH)], nn.ReLU())
+        self.final = nn.Linear(WIDTH, DIM)
+
+    def forward(self, x, time):
+        frequencies = time[:, None] * self.weights[None, :] * 2 * math.pi
+        embedding = torch.cat([time[:, None], frequencies.sin(), frequencies.cos()], dim=-1)
+        return self.final(self.network(self.project(x) + self.time_mlp(embedding)))
+
+
+class PlainEDM(nn.Module):
+    """Preconditioning with one noise level per row throughout, in sampling too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = PlainDenoiser()
+        self.register_buffer("mean", torch.zeros(DIM))
+        self.register_buffer("std", torch.ones(DIM))
+
+    def denoise(self, x, sigma):
+        if isinstance(sigma, float):
+            sigma = torch.full((x.shape[0],), sigma, device=x.device)
+        padded = sigma[:, None]
+        c_in = (padded**2 + 1) ** -0.5
+        c_skip = 1 / (padded**2 + 1)
+        c_out = padded * (padded**2 + 1) ** -0.5
+        return c_skip * x + c_out * self.net(c_in * x, torch.log(sigma.clamp(min=1e-20)) * 0.25)
+
+    def forward(self, x):
+        x = (x - self.mean) / self.std
+        sigma = (-1.2 + 1.2 * torch.randn((x.shape[0],), device=x.device)).exp()
+        denoised = self.denoise(x + sigma[:, None] * torch.randn_like(x), sigma)
+        losses = F.mse_loss(denoised, x, reduction="none").mean(dim=1)
+        return (losses * (sigma**2 + 1) * sigma**-2).mean()
+
+
+class PlainEMA(nn.Module):
+    """Average of a model as ema-pytorch keeps it: called at every step, counting in a buffer, acting every tenth time."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.average = [model], copy.deepcopy(model).requires_grad_(False)
+        self.register_buffer("step", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self):
+        step = self.step.item()
+        self.step += 1
+        if step % 10:
+            return
+        decay = min(0.995, 1 - max(step - 100, 1) ** (-2 / 3))
+        for average, current in zip(self.average.parameters(), self.model[0].parameters()):
+            average.lerp_(current, 1 - decay)
+        for average, current in zip(self.average.buffers(), self.model[0].buffers()):
+            average.copy_(current)
+
+
+def plain_training(data, device):
+    """A function that takes one training step."""
+    model = PlainEDM().to(device)
+    decay = [p for name, p in model.named_parameters() if "bias" not in name]
+    no_decay = [p for name, p in model.named_parameters() if "bias" in name]
+    groups = [{"params": decay, "weight_decay": 0.0}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100_000)
+    ema = PlainEMA(model).to(device)
+    # The public code starts a worker per core. On a CPU they would take cores from the training: none there.
+    workers = dict(num_workers=8, pin_memory=True) if device == "cuda" else {}
+    loader = DataLoader(TensorDataset(data), batch_size=BATCH, shuffle=True, **workers)
+
+    def forever():
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def step():
+        batch = next(batches)[0].to(device)
+        loss = model(batch)
+        loss.item()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        schedule.step()
+
+    return step
+
+
+def plain_sde(model, x, sigmas):
+    """Karras' stochastic Heun sampler, 2 * len(sigmas) - 3 network calls."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        gamma = min(80 / 128, math.sqrt(2) - 1) if 0.05 <= sigma <= 50 else 0.0
+        sigma_hat = sigma + gamma * sigma
+        x_hat = x + math.sqrt(sigma_hat**2 - sigma**2) * 1.003 * torch.randn_like(x)
+        slope = (x_hat - model.denoise(x_hat, sigma_hat)) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * slope
+        if sigma_next != 0:
+            slope_next = (x - model.denoise(x, sigma_next)) / sigma_next
+            x = x_hat + 0.5 * (sigma_next - sigma_hat) * (slope + slope_next)
+    return x
+
+
+class PlainActor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(OBS_DIM, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, ACT_DIM), nn.Tanh()
+        )
+
+    def forward(self, observations):
+        return 1.0 * self.net(observations)
+
+
+class PlainCritic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(OBS_DIM + ACT_DIM, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1)
+        )
+
+    def forward(self, observations, actions):
+        return self.net(torch.cat([observations, actions], 1))
+
+
+def plain_td3bc(arrays, device):
+    """A function that takes update i: three networks with an optimiser each, a float of each loss each time."""
+    actor, critic_1, critic_2 = (network().to(device) for network in (PlainActor, PlainCritic, PlainCritic))
+    networks = [actor, critic_1, critic_2]
+    actor_target, critic_1_target, critic_2_target = targets = [copy.deepcopy(network) for network in networks]
+    actor_optimizer, critic_1_optimizer, critic_2_optimizer = [
+        torch.optim.Adam(network.parameters(), lr=3e-4) for network in networks
+    ]
+    buffer = [torch.tensor(x, device=device) for x in arrays]
+
+    def update(i):
+        indices = np.random.randint(0, len(buffer[0]), size=BATCH)
+        observations, actions, rewards, next_observations, terminals = [x[indices].to(device) for x in buffer]
+        with torch.no_grad():
+            noise = (torch.randn_like(actions) * 0.2).clamp(-0.5, 0.5)
+            next_actions = (actor_target(next_observations) + noise).clamp(-1.0, 1.0)
+            target_q1 = critic_1_target(next_observations, next_actions)
+            target_q2 = critic_2_target(next_observations, next_actions)
+            target_q = rewards + (1 - terminals) * 0.99 * torch.min(target_q1, target_q2)
+        q1, q2 = critic_1(observations, actions), critic_2(observations, actions)
+        critic_loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+        log = {"critic_loss": critic_loss.item()}
+        critic_1_optimizer.zero_grad()
+        critic_2_optimizer.zero_grad()
+        critic_loss.backward()
+        critic_1_optimizer.step()
+        critic_2_optimizer.step()
+        if i % 2 == 1:
+            policy_actions = actor(observations)
+            q = critic_1(observations, policy_actions)
+            actor_loss = -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, actions)
+            log["actor_loss"] = actor_loss.item()
+            actor_optimizer.zero_grad()
+            actor_loss.backward()
+            actor_optimizer.step()
+            for target, network in zip(targets, networks):
+                for slow, fast in zip(target.parameters(), network.parameters()):
+                    slow.data.copy_(0.005 * fast.data + 0.995 * slow.data)
+        return log
+
+    return update
+
+
+# --- Rows of the table ------------------------------------------------------------------------------------------------
+
+
+def bench_training(device, repeats, quick):
+    """Returns seconds per step: ours, reference, limit."""
+    data = torch.randn(50_000, DIM)
+    steps = (50 if quick else 500) if device == "cuda" else (3 if quick else 8)
+    reference_step = plain_training(data, device)
+    first, rest = denoiser_layers(BATCH)
+    multiply = matmuls(device, first=first + [(BATCH, 17, 128)], backward=rest + [(BATCH, 128, 128)])
+
+    def reference():
+        with plain_pytorch():
+            for _ in range(steps):
+                reference_step()
+
+    def limit():
+        for _ in range(steps):
+            multiply()
+
+    times, last = [], None
+
+    def on_log(*_):  # train_edm is kept waiting here while the others have their turn
+        nonlocal last
+        times.append((clock() - last, seconds(reference), seconds(limit)))
+        last = clock()
+
+    last = clock()
+    edm.train_edm(
+        data, steps=steps * (repeats + 2), log_every=steps, on_log=on_log, device=device, width=WIDTH, depth=DEPTH,
+        progress=False,
+    )  # fmt: skip
+    return [[t / steps for t in column] for column in zip(*times[2:])]
+
+
+@torch.no_grad()
+def bench_sampling(device, repeats, quick):
+    """Returns two rows: seconds per network call and row (ours, reference, limit), and per row at equal quality."""
+    model = edm.EDM(DIM, WIDTH, DEPTH).to(device).requires_grad_(False)
+    plain = PlainEDM().to(device)
+    gpu = device == "cuda"
+    rows, plain_rows = (100_000, 100_000) if gpu else (2_000, 2_000 if quick else 10_000)
+    calls = 20
+    plain_sigmas = edm.karras_sigmas(20 if gpu else 3).tolist()
+    sde_sigmas = edm.karras_sigmas(128).tolist()[-129 if gpu else -3 :]  # on a CPU the last two steps stand for all
+    plain_calls, sde_calls = len(plain_sigmas) - 1, 2 * len(sde_sigmas) - 3
+    limit_calls = 20 if gpu else 4
+    first, rest = denoiser_layers(rows)
+    multiply = matmuls(device, forward=first + rest)
+
+    def ours():
+        edm.generate(model, rows, sampler="dpmpp", sample_steps=calls, progress=False)
+
+    def reference():
+        with plain_pytorch():
+            x = torch.randn(plain_rows, DIM, device=device)
+            edm.sample_dpmpp(plain.denoise, x, torch.tensor(plain_sigmas)).cpu()
+
+    def reference_sde():
+        with plain_pytorch():
+            plain_sde(plain, torch.randn(plain_rows, DIM, device=device), sde_sigmas).cpu()
+
+    def limit():
+        for _ in range(limit_calls):
+            multiply()
+
+    a, b, c, d = take_turns([ours, reference, limit, reference_sde], repeats)
+    per_call = [
+        [t / rows / calls for t in a],
+        [t / plain_rows / plain_calls for t in b],
+        [t / rows / limit_calls for t in c],
+    ]
+    equal_quality = [[t / rows for t in a], [t / plain_rows / sde_calls * 255 for t in d], [20 * t for t in per_call[2]]]
+    return per_call, equal_quality
+
+
+def bench_td3bc(device, repeats, quick):
+    """Returns seconds per update: ours, reference, limit."""
+    import synther_td3bc
+
+    updates = (1_000 if quick else 5_000) if device == "cuda" else (100 if quick else 300)
+    rng = np.random.default_rng(0)
+    sizes = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]
+    arrays = [rng.standard_normal((100_000, size)).astype(np.float32) for size in sizes]
+    arrays[-1] = (arrays[-1] > 3).astype(np.float32)
+    reference_update = plain_td3bc(arrays, device)
+
+    # As the main of the script does it
+    args = synther_td3bc.Args()
+    rows = edm.pack(*[x.squeeze() for x in arrays]).to(device)
+    agent = synther_td3bc.TD3BC(OBS_DIM, ACT_DIM, 1.0, args, device)
+    batch = torch.empty(args.batch_size, rows.shape[1], device=device)
+    losses = torch.zeros(2, device=device)
+
+    def critic_step():
+        index = torch.randint(len(rows), (args.batch_size,), device=device)
+        torch.index_select(rows, 0, index, out=batch)
+        losses[0] += agent.update_critic(batch)
+
+    def actor_step():
+        losses[1] += agent.update_actor(batch)
+
+    if device == "cuda":
+        critic_step, actor_step = edm.cuda_graph(critic_step), edm.cuda_graph(actor_step)
+
+    def ours():
+        for i in range(updates):
+            critic_step()
+            if (i + 1) % args.policy_freq == 0:
+                actor_step()
+
+    def reference():
+        with plain_pytorch():
+            for i in range(updates):
+                reference_update(i)
+
+    b, pair = BATCH, OBS_DIM + ACT_DIM
+    actor_first, actor_rest = [(b, OBS_DIM, 256)], [(b, 256, 256), (b, 256, ACT_DIM)]
+    critic_first, critic_rest = [(2, b, pair, 256)], [(2, b, 256, 256), (2, b, 256, 1)]
+    critic_multiply = matmuls(
+        device, forward=actor_first + actor_rest + critic_first + critic_rest, first=critic_first, backward=critic_rest
+    )
+    through = [(b, pair, 256), (b, 256, 256), (b, 256, 1)]  # the first critic's, forward, and backward to its inputs
+    back = [(rows, outputs, inputs) for rows, inputs, outputs in through]
+    actor_multiply = matmuls(device, forward=through + back, first=actor_first, backward=actor_rest)
+
+    def limit():
+        for i in range(updates):
+            critic_multiply()
+            if (i + 1) % args.policy_freq == 0:
+                actor_multiply()
+
+    return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def bench_memory(num_rows):
+    """Run synther_td3bc.py on random data of Walker2d's size with a tiny network, and print its peak memory."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = {key: rng.standard_normal((20_000, OBS_DIM)).astype(np.float32) for key in ("observations", "next_observations")}
+        data["actions"] = rng.uniform(-1, 1, (20_000, ACT_DIM)).astype(np.float32)
+        data["rewards"] = rng.standard_normal(20_000).astype(np.float32)
+        data["terminals"] = rng.random(20_000) < 0.01
+        np.savez(Path(folder) / "data.npz", **data)
+        options = dict(
+            env="Walker2d-v4", dataset_path=f"{folder}/data.npz", out_dir=folder, device="cpu", diffusion_steps=10,
+            diffusion_width=32, diffusion_depth=1, sample_steps=2, num_samples=num_rows, updates=20, eval_episodes=0,
+        )  # fmt: skip
+        command = [sys.executable, str(ROOT / "synther_td3bc.py")]
+        for name, value in options.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        start = time.perf_counter()
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            sys.exit(process.stdout + process.stderr)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(
+        f"{num_rows:,} rows of {DIM} columns ({num_rows * DIM * 4 / 1e9:.2f} GB): peak memory {peak / 1e9:.2f} GB, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+
+
+# --- Table ------------------------------------------------------------------------------------------------------------
+
+
+def show(name, unit, scale, times):
+    """One line of the table. times: lists of seconds of ours, the reference and the limit, turn by turn."""
+    ours, reference, limit = (statistics.median(column) * scale for column in times)
+    ratio = statistics.median(b / a for a, b in zip(times[0], times[1]))
+    share = statistics.median(c / a for a, c in zip(times[0], times[2]))
+    print(f"{name:<34} {unit:<10} {ours:9.3f} {reference:9.3f} {limit:9.3f} {ratio:10.2f}x {share:9.0%}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
+    parser.add_argument("--quick", action="store_true", help="shorter turns")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--only", choices=("training", "sampling", "td3bc"), help="one part of the table")
+    parser.add_argument("--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead")
+    args = parser.parse_args()
+    if args.memory:
+        return bench_memory(args.memory)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    edm.train_edm(torch.randn(64, 3), steps=2, batch_size=8, width=8, depth=1, device=device, progress=False)  # sets up
+    kernels = "PyTorch's own choice"
+    if device == "cpu" and torch.backends.mkldnn.matmul.fp32_precision != PLAIN_PRECISION:
+        kernels = f"mkldnn.matmul.fp32_precision={torch.backends.mkldnn.matmul.fp32_precision!r}"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    print(f"{name} | torch {torch.__version__} | {torch.get_num_threads()} threads | matmul: {kernels}")
+    print(f"{'':<34} {'unit':<10} {'ours':>9} {'plain':>9} {'matmul':>9} {'speed-up':>11} {'of limit':>9}")
+    options = (device, args.repeats, args.quick)
+    if args.only in (None, "training"):
+        show(f"diffusion step, {DEPTH} x {WIDTH}, batch {BATCH}", "ms/step", 1e3, bench_training(*options))
+    if args.only in (None, "sampling"):
+        per_call, equal_quality = bench_sampling(*options)
+        show("sampling, one network call", "us/row", 1e6, per_call)
+        show("sampling, 20 calls (plain: 255)", "us/row", 1e6, equal_quality)
+    if args.only in (None, "td3bc"):
+        show(f"TD3+BC update, 2 x 256, batch {BATCH}", "us/update", 1e6, bench_td3bc(*options))
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Shared by all tests: the scripts are imported from the repository root, and everything runs on one thread."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses too
+os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float64():
+    """Double precision as the default type, so that two implementations can be compared closely."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

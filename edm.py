@@ -235,7 +235,7 @@ def ema_decay(step, beta=0.995, update_after=100, power=2 / 3):
 
     The warm-up of the ema-pytorch package: 0.798 at step 110, 0.954 at 200, 0.989 at 1000, `beta` from 2930 on.
     """
-    return min(beta, 1 - max(step - update_after, 0) ** -power) if step > update_after else 0.0
+    return min(beta, 1 - (1 + step - update_after) ** -power) if step > update_after else 0.0
 
 
 def cosine_lr(lr, step, steps):
@@ -295,9 +295,10 @@ def save_atomically(path, write: Callable):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save hides the former in the latter
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+        error = error if isinstance(error, OSError) else error.__context__ or error
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def train_edm(
@@ -370,7 +371,9 @@ def train_edm(
 
         x = model.normalize(data.to(device))
         batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        loss_sum = torch.zeros((), device=device)
+        loss_sum, last_log = torch.zeros((), device=device), start
+        if start:
+            loss_sum, last_log = saved["loss_sum"], saved["last_log"]
 
         def step():
             optimizer.zero_grad(set_to_none=True)
@@ -383,7 +386,7 @@ def train_edm(
         step = cuda_graph(step) if device.type == "cuda" and compile != "off" else step
         batches = epoch_batches(len(x), batch_size, seed, start, device)
         bar = tqdm(range(start, steps), "diffusion", initial=start, total=steps, disable=not progress, **BAR)
-        last_log, last_time = start, time.time()
+        last_time, last_timed = time.time(), start
         for i in bar:
             batch.copy_(next(batches))
             if device.type == "cuda":
@@ -399,16 +402,18 @@ def train_edm(
                 if not math.isfinite(loss):
                     raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
                 bar.set_postfix(loss=f"{loss:.3f}")
-                rate = (done - last_log) / (time.time() - last_time)
+                rate = (done - last_timed) / (time.time() - last_time)
                 if on_log:
                     on_log(done, {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate})
                 loss_sum.zero_()
-                last_log, last_time = done, time.time()
+                last_log, last_timed, last_time = done, done, time.time()
             if checkpoint_path and (done % checkpoint_every == 0 or done == steps):
                 state = {
                     "stage": "diffusion",
                     "settings": settings,
                     "step": done,
+                    "loss_sum": loss_sum,
+                    "last_log": last_log,
                     "model": model.state_dict(),
                     "ema": ema.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -469,10 +474,18 @@ def generate(
     rows = torch.empty(num_samples, edm.dim)
     done = 0
     if partial_path:
-        partial = open(partial_path, "ab")
-        done = min(os.path.getsize(partial_path) // (4 * edm.dim) // batch_size * batch_size, num_samples)
-        partial.truncate(4 * edm.dim * done)
-        rows[:done] = torch.from_numpy(np.fromfile(partial_path, np.float32)).reshape(done, edm.dim)
+        settings = repr((sampler, sample_steps, batch_size, seed)).encode().ljust(256)
+        partial = open(partial_path, "a+b")
+        partial.seek(0)
+        if (found := partial.read(256)) not in (b"", settings):
+            raise RunError(f"{partial_path} is of a run with other settings: {found.decode().strip()}")
+        done = max(0, os.path.getsize(partial_path) - 256) // (4 * edm.dim) // batch_size * batch_size
+        done = min(done, num_samples // batch_size * batch_size)
+        if not found:
+            partial.write(settings)
+        partial.truncate(256 + 4 * edm.dim * done)
+        partial.flush()
+        rows[:done] = torch.from_numpy(np.fromfile(partial_path, np.float32, offset=256)).reshape(done, edm.dim)
     bar = tqdm(desc="sampling", initial=done, total=num_samples, unit="row", disable=not progress, **BAR)
     for start in range(done, num_samples, batch_size):
         size = min(batch_size, num_samples - start)
@@ -586,6 +599,15 @@ def correlation(real, synthetic):
     return (1 - (rho_real - rho_synthetic).abs().double() / 2).mean().item()
 
 
+def mean_ranks(rows):
+    """Ranks within each column; ties share their mean. Args and returns: [N, dim]."""
+    ranks = torch.empty(rows.shape)
+    for column, out in zip(rows.T, ranks.T):
+        _, inverse, counts = column.unique(return_inverse=True, return_counts=True)
+        out.copy_((counts.cumsum(0) - (counts + 1) / 2)[inverse])
+    return ranks
+
+
 def quality_report(real, synthetic, num_neighbors=1000):
     """How close generated rows are to real ones. Returns a dict of numbers:
 
@@ -610,12 +632,12 @@ def quality_report(real, synthetic, num_neighbors=1000):
     points = (shuffled[:50_000, varies] - mean) / std
     num_neighbors = min(num_neighbors, len(points) // 2)
     queries = {"nearest": (some[:num_neighbors, varies] - mean) / std, "nearest_real": points[:num_neighbors]}
-    others = points[num_neighbors:]
-    nearest = {key: torch.cdist(x, others).amin(1).median().item() for key, x in queries.items()}
+    others = {"nearest": points, "nearest_real": points[num_neighbors:]}
+    nearest = {key: torch.cdist(x, others[key]).amin(1).median().item() for key, x in queries.items()}
     return {
         "marginal": marginal(real, some),
         "correlation": correlation(real, some),
-        "spearman": correlation(*(rows.argsort(0).argsort(0).float() for rows in (shuffled, some))),
+        "spearman": correlation(mean_ranks(shuffled), mean_ranks(some)),
         "terminals_real": (real[:, -1] > 0.5).double().mean().item(),
         "terminals": (some[:, -1] > 0.5).double().mean().item(),
         "nonfinite": nonfinite,
@@ -732,7 +754,7 @@ def load_transitions(source, true_next_obs=False):
             with h5py.File(source, "r") as f:
                 keys = ["observations", "actions", "rewards", "terminals"]
                 raw = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
-            check_lengths(raw, source)
+            check_arrays(raw, source)
             data = qlearning_dataset(raw, true_next_obs)
         else:
             import minari
@@ -751,19 +773,21 @@ def load_transitions(source, true_next_obs=False):
         raise
     except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
         raise RunError(f"cannot read {source}: {error}") from None
-    check_lengths(data, source)
-    data = {k: data[k].astype(bool if k == "terminals" else np.float32, copy=False) for k in TRANSITION_KEYS}
+    check_arrays(data, source)
     for key, x in data.items():
         if x.ndim != (1 if key in ("rewards", "terminals") else 2):
             raise RunError(f"{source}: {key} has the shape {x.shape}")
+    return {k: data[k].astype(bool if k == "terminals" else np.float32, copy=False) for k in TRANSITION_KEYS}
+
+
+# Copied from synther_td3bc.check_arrays with edm.RunError->RunError
+def check_arrays(arrays, source):
+    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
+    for key, x in arrays.items():
+        if x.ndim == 0 or x.dtype.kind not in "fiub":
+            raise RunError(f"{source}: {key} is not an array of numbers")
         if not np.isfinite(x).all():
             raise RunError(f"{source}: {key} holds NaN or Inf")
-    return data
-
-
-# Copied from synther_td3bc.check_lengths with edm.RunError->RunError
-def check_lengths(arrays, source):
-    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
     rows = {key: len(x) for key, x in arrays.items()}
     if len(set(rows.values())) != 1:
         raise RunError(f"{source}: the arrays disagree in length: {rows}")
@@ -781,6 +805,9 @@ class Args:
     """the .npz to write, with D4RL's keys; an existing file is not overwritten"""
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
+    terminals: Literal["column", "classifier"] = "column"
+    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of d
+    from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
     diffusion_steps: int = 100_000
     """training steps (paper: 100,000, Table 8)"""
     diffusion_width: int = 1024
@@ -810,6 +837,9 @@ def main(args):
     goes on from its last checkpoint, OUT.checkpoint.
     """
     out = Path(args.out)
+    for name in ("num_samples", "diffusion_steps"):
+        if getattr(args, name) <= 0:
+            raise RunError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for path in (out, out.with_suffix(".pt")):
         if path.exists():
             raise RunError(f"{path} exists; give another --out or move it away")
@@ -842,6 +872,8 @@ def main(args):
         partial_path=out.with_suffix(".partial"),
     )
     rows[:, -1] = rows[:, -1] > 0.5
+    if args.terminals == "classifier":
+        relabel_terminals(rows, real, seed=args.seed)
     print(format_report(quality_report(real, rows)))
     plot_marginals(out.with_suffix(".png"), real, rows, obs_dim, act_dim)
     save_edm(out.with_suffix(".pt"), model)

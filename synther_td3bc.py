@@ -16,6 +16,7 @@ Sections: arguments | data | environment and scores | networks | agent | experim
 
 import copy
 import dataclasses
+import http.client
 import json
 import math
 import os
@@ -78,6 +79,9 @@ class Args:
     """keep this fraction (up to 1) or number (above 1) of the real transitions, drawn uniformly (Figures 1a and 4)"""
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
+    terminals: Literal["column", "classifier"] = "column"
+    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of d
+    from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
     synthetic_path: Optional[str] = None
     """use the synthetic.npz of an earlier run (of any script) instead of training a diffusion model"""
 
@@ -157,6 +161,8 @@ def resolve(args, num_rows):
         if re.match(pattern, args.env):
             values |= row
     values["diffusion_batch_size"] = 256 if num_rows < 800_000 else 1024  # the code's rule; the paper says 1M
+    if args.data == "mixed":
+        values["num_samples"] = num_rows
     values["sample_steps"] = 128 if args.sampler == "sde" else 20
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -236,7 +242,7 @@ def load_transitions(source, true_next_obs=False):
             with h5py.File(source, "r") as f:
                 keys = ["observations", "actions", "rewards", "terminals"]
                 raw = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
-            check_lengths(raw, source)
+            check_arrays(raw, source)
             data = qlearning_dataset(raw, true_next_obs)
         else:
             import minari
@@ -255,18 +261,20 @@ def load_transitions(source, true_next_obs=False):
         raise
     except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
         raise edm.RunError(f"cannot read {source}: {error}") from None
-    check_lengths(data, source)
-    data = {k: data[k].astype(bool if k == "terminals" else np.float32, copy=False) for k in TRANSITION_KEYS}
+    check_arrays(data, source)
     for key, x in data.items():
         if x.ndim != (1 if key in ("rewards", "terminals") else 2):
             raise edm.RunError(f"{source}: {key} has the shape {x.shape}")
+    return {k: data[k].astype(bool if k == "terminals" else np.float32, copy=False) for k in TRANSITION_KEYS}
+
+
+def check_arrays(arrays, source):
+    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
+    for key, x in arrays.items():
+        if x.ndim == 0 or x.dtype.kind not in "fiub":
+            raise edm.RunError(f"{source}: {key} is not an array of numbers")
         if not np.isfinite(x).all():
             raise edm.RunError(f"{source}: {key} holds NaN or Inf")
-    return data
-
-
-def check_lengths(arrays, source):
-    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
     rows = {key: len(x) for key, x in arrays.items()}
     if len(set(rows.values())) != 1:
         raise edm.RunError(f"{source}: the arrays disagree in length: {rows}")
@@ -301,10 +309,10 @@ def download_d4rl(name):
             if size and temporary.stat().st_size != size:
                 raise OSError(f"the download broke off at {temporary.stat().st_size} of {size} bytes")
             with h5py.File(temporary, "r") as f:  # an error page or a damaged file fails here
-                check_lengths({key: f[key][:] for key in ("observations", "actions", "rewards", "terminals")}, base)
+                check_arrays({key: f[key][:] for key in ("observations", "actions", "rewards", "terminals")}, base)
             os.replace(temporary, path)
             return str(path)
-        except (OSError, KeyError, edm.RunError) as error:
+        except (OSError, KeyError, http.client.HTTPException, edm.RunError) as error:
             temporary.unlink(missing_ok=True)
             print(f"{base}{filename}: {error}", file=sys.stderr)
     raise edm.RunError(
@@ -352,7 +360,10 @@ def load_dataset(args):
         data = load_transitions(name)
         import minari
 
-        env_id = minari.load_dataset(name).spec.env_spec.id
+        spec = minari.load_dataset(name).spec.env_spec
+        if spec is None:
+            raise edm.RunError(f"{name} does not name its environment")
+        env_id = spec.id
     else:
         raise edm.RunError(
             f"unknown dataset {args.env}: give a D4RL name such as walker2d-medium-replay-v2, a Minari id such as "
@@ -390,13 +401,13 @@ def make_env(env_id):
     Raises:
         RunError: unknown id, or spaces that are not flat boxes.
     """
-    if mujoco.mj_versionString() >= "3.5":
+    if tuple(map(int, mujoco.mj_versionString().split(".")[:2])) >= (3, 5):
         warnings.warn("mujoco 3.5 and later add up contact margins: Hopper's dynamics differ from D4RL's; use 3.4.0")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # gymnasium announces v5 with every v4
             env = gym.make(env_id, disable_env_checker=True)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         raise edm.RunError(f"cannot make the environment {env_id}: {error}") from None
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -570,13 +581,19 @@ def check_args(args):
     """Raise RunError where a number makes no sense or a choice cannot be had on this machine."""
     for name, value in vars(args).items():
         may_be_zero = name in ("seed", "diffusion_seed", "eval_episodes", "policy_noise", "noise_clip", "alpha")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and not may_be_zero:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf and not may_be_zero:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        if name in ("seed", "diffusion_seed", "eval_episodes") and value < 0:
+            raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
+    if args.subsample is not None and args.subsample > 1 and not float(args.subsample).is_integer():
+        raise edm.RunError(f"--subsample must be a fraction up to 1 or a whole number, not {args.subsample}")
+    if args.synthetic_path and not Path(args.synthetic_path).is_file():
+        raise edm.RunError(f"no such file: {args.synthetic_path}")
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
         raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
 
 
-def make_synthetic(args, real, obs_dim, act_dim, run_dir, device, log):
+def make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, log):
     """Train the diffusion model, generate transitions and report their quality; or load them if they exist.
 
     Returns: rows [num_samples, dim] of `edm.pack` on the CPU, terminals exactly 0 or 1. The same are left in the run
@@ -584,10 +601,11 @@ def make_synthetic(args, real, obs_dim, act_dim, run_dir, device, log):
     """
     path = Path(args.synthetic_path or run_dir / "synthetic.npz")
     if args.synthetic_path or path.exists():
-        rows = edm.pack(**load_transitions(path))
-        if rows.shape[1] != real.shape[1]:
-            raise edm.RunError(f"{path} holds rows of {rows.shape[1]} numbers, not {real.shape[1]} as the dataset's")
-        return rows
+        data = load_transitions(path)
+        sizes = data["observations"].shape[1], data["actions"].shape[1]
+        if sizes != (obs_dim, act_dim):
+            raise edm.RunError(f"{path} has {sizes} observation and action dimensions, the dataset {(obs_dim, act_dim)}")
+        return edm.pack(**data)
     if (run_dir / "diffusion.pt").exists():
         model = edm.load_edm(run_dir / "diffusion.pt", device)
     else:
@@ -619,8 +637,10 @@ def make_synthetic(args, real, obs_dim, act_dim, run_dir, device, log):
     )
     log(args.diffusion_steps, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
     if args.clip_actions:
-        rows[:, obs_dim : obs_dim + act_dim].clamp_(-1, 1)
+        rows[:, obs_dim : obs_dim + act_dim].clamp_(-max_action, max_action)
     rows[:, -1] = rows[:, -1] > 0.5
+    if args.terminals == "classifier":
+        edm.relabel_terminals(rows, real, seed=args.diffusion_seed)
     report = edm.quality_report(real, rows)
     print(edm.format_report(report))
     log(args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
@@ -669,12 +689,16 @@ def main(args):
             f"dimensions, {env_id} has {obs_dim} and {act_dim}"
         )
 
+    if args.data == "mixed" and not args.synthetic_path and args.num_samples < len(data["rewards"]):
+        raise edm.RunError(f"--data mixed needs --num-samples of at least {len(data['rewards'])}, not {args.num_samples}")
+
     # --- Run folder and log ---
     run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    edm.save_atomically(run_dir / "args.json", lambda f: f.write(json.dumps(vars(args), indent=2).encode()))
-    print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    resolved = json.dumps(vars(args) | {"resume": None}, indent=2)
+    edm.save_atomically(run_dir / "args.json", lambda f: f.write(resolved.encode()))
+    print(f"{resolved}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
     metrics_path = run_dir / "metrics.csv"
     lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else ["step,key,value\n"]
     lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
@@ -705,11 +729,12 @@ def main(args):
     if args.data == "real":
         rows = real
     else:
-        rows = make_synthetic(args, real, obs_dim, act_dim, run_dir, device, log)[: args.num_samples]
+        rows = make_synthetic(args, real, obs_dim, act_dim, float(envs[0].action_space.high[0]), run_dir, device, log)[: args.num_samples]
         if args.data == "mixed":
             if len(rows) < len(real):
                 raise edm.RunError(f"--data mixed needs {len(real)} synthetic transitions, and there are {len(rows)}")
             rows = torch.cat([real, rows[: len(real)]])
+    print(f"the agent learns from {len(rows):,} transitions ({args.data}); {len(real):,} are real in the dataset")
     del real
     for part in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # s and s', in place
         part.sub_(obs_mean).div_(obs_std)

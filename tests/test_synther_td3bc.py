@@ -705,9 +705,9 @@ def test_augmentation_is_new_for_every_batch(kind):
 
 def run(out_dir, **options):
     """main() with these arguments; returns the run folder."""
-    before = set(Path(out_dir).glob("*"))
+    before = set(Path(out_dir).glob("*__*"))
     synther_td3bc.main(Args(out_dir=str(out_dir), **options))
-    (folder,) = set(Path(out_dir).glob("*")) - before
+    (folder,) = set(Path(out_dir).glob("*__*")) - before
     return folder
 
 
@@ -773,8 +773,9 @@ def test_run_results(quickstart):
 
 
 def test_saved_model_made_the_saved_transitions(quickstart):
-    rows = edm.generate(edm.load_edm(quickstart / "diffusion.pt"), 1_500, batch_size=1_000, progress=False)
-    expected = edm.unpack(rows, 17, 6)
+    model = edm.load_edm(quickstart / "diffusion.pt")
+    assert (model.mean[-1], model.std[-1]) == (0, 1) and (model.std[:-1] != 1).all()  # all but d are standardised
+    expected = edm.unpack(edm.generate(model, 1_500, batch_size=1_000, progress=False), 17, 6)
     assert_same_data(synther_td3bc.load_transitions(quickstart / "synthetic.npz"), expected)
 
 
@@ -803,15 +804,27 @@ def assert_same_state(a, b, where="checkpoint"):
 
 
 class RecordingAgent(TD3BC):
-    batches = []
+    updates = []  # (name, batch)
 
     def update_critic(self, batch):
-        self.batches.append(batch.clone())
+        self.updates.append(("critic", batch.clone()))
         return super().update_critic(batch)
+
+    def update_actor(self, batch):
+        self.updates.append(("actor", batch.clone()))
+        return super().update_actor(batch)
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """All updates of the agents of this test."""
+    monkeypatch.setattr(synther_td3bc, "TD3BC", RecordingAgent)
+    monkeypatch.setattr(RecordingAgent, "updates", [])
+    return RecordingAgent.updates
 
 
 @pytest.mark.parametrize("data", ["real", "synther", "mixed"])
-def test_what_the_agent_learns_from(tmp_path, monkeypatch, data):
+def test_what_the_agent_learns_from(tmp_path, updates, data):
     """Rewards tell real (0), synthetic (1) and surplus synthetic (2) rows apart; s is scaled by the real rows' s."""
     rng = np.random.default_rng(0)
 
@@ -821,13 +834,11 @@ def test_what_the_agent_learns_from(tmp_path, monkeypatch, data):
 
     real = write_npz(tmp_path / "real.npz", rows(300, 5.0, 2.0, np.zeros(300)))
     synthetic = write_npz(tmp_path / "synthetic.npz", rows(700, 9.0, 4.0, np.repeat([1.0, 2.0], [300, 400])))
-    monkeypatch.setattr(synther_td3bc, "TD3BC", RecordingAgent)
-    monkeypatch.setattr(RecordingAgent, "batches", [])
     run(
         tmp_path / "runs", env="Pendulum-v1", dataset_path=real, synthetic_path=synthetic, data=data, updates=60,
         batch_size=100, hidden_dim=8, eval_episodes=0, device="cpu",
     )  # fmt: skip
-    seen = torch.cat(RecordingAgent.batches)
+    seen = torch.cat([batch for name, batch in updates if name == "critic"])
     shares = [(seen[:, 4] == reward).float().mean().item() for reward in (0, 1, 2)]
     expected = {"real": [1, 0, 0], "synther": [0, 300 / 700, 400 / 700], "mixed": [0.5, 0.5, 0]}[data]
     assert shares == pytest.approx(expected, abs=0.03) and sum(shares) == pytest.approx(1)
@@ -838,6 +849,23 @@ def test_what_the_agent_learns_from(tmp_path, monkeypatch, data):
                 assert states.mean().item() == pytest.approx(mean, abs=0.2)
                 assert states.std().item() == pytest.approx(std, rel=0.1)
     assert set(seen[:, -1].tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("augment", ["none", "dynamics"])
+def test_order_of_the_updates(tmp_path, updates, augment):
+    """The actor follows every policy_freq-th critic update, on its batch; augmentation comes before both."""
+    data = transitions(300, act_dim=1)
+    data["next_observations"] = data["observations"] + 1
+    run(
+        tmp_path, env="Pendulum-v1", dataset_path=write_npz(tmp_path / "data.npz", data), data="real", updates=10,
+        policy_freq=3, batch_size=50, hidden_dim=8, eval_episodes=0, device="cpu", augment=augment,
+    )  # fmt: skip
+    assert [name for name, _ in updates] == 3 * ["critic", "critic", "critic", "actor"] + ["critic"]
+    assert torch.equal(updates[2][1], updates[3][1]) and not torch.equal(updates[1][1], updates[2][1])
+    change = updates[3][1][:, 5:8] - updates[3][1][:, :3]
+    std = torch.from_numpy(data["observations"]).float().std(0, unbiased=False) + 1e-3
+    factor = change * std
+    assert (factor.std() > 0.2) if augment == "dynamics" else torch.allclose(factor, torch.ones(50, 3), atol=1e-4)
 
 
 def test_mixed_needs_enough_synthetic_rows(tmp_path):
@@ -1085,6 +1113,7 @@ def test_metrics_cut_by_a_kill_are_repaired(inputs, tmp_path):
     text = (folder / "metrics.csv").read_text()
     position = text.index("200,eval/return_std")
     (folder / "metrics.csv").write_text(text[: position + 12])
-    synther_td3bc.main(Args(resume=str(folder)))
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    assert [line for line in lines if ",perf/" not in line] == expected
+    for _ in range(2):  # the second time there is nothing left to do
+        synther_td3bc.main(Args(resume=str(folder)))
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        assert [line for line in lines if ",perf/" not in line] == expected

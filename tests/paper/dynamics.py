@@ -58,5 +58,5 @@ def dynamics_scores(env_id, data):
         "falls": float(falls.mean()),
         "recall": float((flagged & falls).sum() / max(falls.sum(), 1)),
         "precision": float((flagged & falls).sum() / max(flagged.sum(), 1)),
-        "simulated": len(index) / len(flagged),
+        "simulated": len(index) / len(data["terminals"]),
     }

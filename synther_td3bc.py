@@ -794,6 +794,7 @@ def main(args):
             rate = log_every / (time.time() - last_time)
             log(update, {"train/critic_loss": critic_loss, "train/actor_loss": actor_loss, "perf/updates_per_sec": rate})
             losses.zero_()
+            edm.trim_memory()
             last_time = time.time()
         if args.eval_episodes and (update % args.eval_every == 0 or update == args.updates):
             pause = time.time()

@@ -61,11 +61,10 @@ def check_copy(path, number, text):
     source_code, copy_code = rename(ast.unparse(source), pairs), ast.unparse(copy)
     if ast.dump(ast.parse(source_code)) == ast.dump(ast.parse(copy_code)):
         return ""
-    return "\n".join(
-        difflib.unified_diff(
-            source_code.splitlines(), copy_code.splitlines(), f"{module}.{name}" + f" with {pairs}" * bool(pairs), where, lineterm=""
-        )
+    diff = difflib.unified_diff(
+        source_code.splitlines(), copy_code.splitlines(), f"{module}.{name} (renamed: {pairs})", where, lineterm=""
     )
+    return "\n".join(diff)
 
 
 def unmarked_twins(paths):

@@ -252,8 +252,10 @@ def test_churn_inflates_the_variance_at_few_steps():
 
 def test_churn_noise_comes_from_the_generator():
     x, sigmas = torch.ones(5), edm.karras_sigmas(10)
-    sample = lambda seed: edm.sample_sde(gaussian_denoise, x, sigmas, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
+    a, b, c = (
+        edm.sample_sde(gaussian_denoise, x, sigmas, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 @pytest.mark.parametrize("sampler, calls_for", [(edm.sample_dpmpp, lambda n: n), (edm.sample_sde, lambda n: 2 * n - 1)])
@@ -800,19 +802,35 @@ def test_killed_command_goes_on(tmp_path):
             np.testing.assert_array_equal(killed[key], whole[key])
 
 
-def test_stopped_command_does_not_go_on_with_other_settings(tmp_path, monkeypatch):
+def stopped_command(folder, monkeypatch, where, function):
+    """Run the command in this process up to a call of `where.function`. Returns its arguments."""
     options = dict(
-        data=str(write_transitions(tmp_path / "data.npz")), num_samples=3_000, out=str(tmp_path / "out.npz"), device="cpu",
+        data=str(write_transitions(folder / "data.npz")), num_samples=3_000, out=str(folder / "out.npz"), device="cpu",
         diffusion_steps=100, diffusion_width=16, sample_batch_size=1_000,
     )  # fmt: skip
+
+    def stop(*args, **kwargs):
+        raise Killed
+
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(edm, "quality_report", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(where, function, stop)
         edm.main(edm.Args(**options))
-    for other in (dict(diffusion_lr=1e-3), dict(seed=1), dict(sampler="sde"), dict(sample_steps=5), dict(sample_batch_size=500)):
-        with pytest.raises(RunError):
-            edm.main(edm.Args(**options | other))
+    return options
+
+
+@pytest.mark.parametrize("where, function", [(edm, "quality_report"), (edm, "save_edm"), (edm.np, "savez")])
+def test_stopped_command_goes_on(tmp_path, monkeypatch, where, function):
+    options = stopped_command(tmp_path, monkeypatch, where, function)
     edm.main(edm.Args(**options))
     assert len(np.load(tmp_path / "out.npz")["rewards"]) == 3_000
+    assert {p.name for p in tmp_path.iterdir()} == {"data.npz", "out.npz", "out.pt", "out.png"}
+
+
+def test_stopped_command_does_not_go_on_with_other_settings(tmp_path, monkeypatch):
+    options = stopped_command(tmp_path, monkeypatch, edm, "quality_report")
+    for name, other in dict(diffusion_lr=1e-3, seed=1, sampler="sde", sample_steps=5, sample_batch_size=500).items():
+        with pytest.raises(RunError, match="other settings"):
+            edm.main(edm.Args(**options | {name: other}))
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ BAD_ARRAYS = {
     **{f"{key} NaN": spoil(key, math.nan) for key in TRANSITION_KEYS},
     **{f"{key} Inf": spoil(key, -math.inf) for key in TRANSITION_KEYS[:-1]},
     **{f"{key} too short": with_array(key, x[:-1]) for key, x in transitions(20).items()},
+    "too large for float32": spoil("rewards", 1e300),
     "observations flat": with_array("observations", np.zeros(20)),
     "actions flat": with_array("actions", np.zeros(20)),
     "observations of images": with_array("observations", np.zeros((20, 4, 4))),
@@ -399,6 +400,10 @@ def test_bad_subsample(tmp_path, subsample):
     with pytest.raises(RunError, match="subsample"):
         synther_td3bc.check_args(args)
         synther_td3bc.load_dataset(args)
+
+
+def test_mixing_generates_as_many_as_there_are():
+    assert synther_td3bc.resolve(Args(env="hopper-medium-v2", data="mixed"), 123).num_samples == 123
 
 
 @pytest.mark.parametrize(
@@ -892,6 +897,21 @@ def test_clip_actions(tmp_path):
         folder = run(tmp_path / "runs", env="Pendulum-v1", dataset_path=path, **options)
         largest[clip] = np.abs(np.load(folder / "synthetic.npz")["actions"]).max()
     assert largest[True] == 2 and largest[False] > 2
+
+
+@pytest.mark.parametrize("terminals", ["column", "classifier"])
+def test_terminals_of_generated_rows(tmp_path, monkeypatch, terminals):
+    def relabel_terminals(rows, real, **options):
+        assert len(real) == 500 and torch.isin(rows[:, -1], torch.tensor([0.0, 1.0])).all()
+        rows[:, -1] = torch.arange(len(rows)) % 2
+
+    monkeypatch.setattr(edm, "relabel_terminals", relabel_terminals)
+    path = write_npz(tmp_path / "data.npz", transitions(500, act_dim=1) | {"terminals": np.ones(500)})
+    options = TINY | dict(diffusion_steps=200, updates=10, eval_episodes=0, num_samples=400, terminals=terminals)
+    folder = run(tmp_path / "runs", env="Pendulum-v1", dataset_path=path, **options)
+    share = np.load(folder / "synthetic.npz")["terminals"].mean()
+    assert share == 0.5 if terminals == "classifier" else share > 0.6
+    assert read_metrics(folder)[200, "diffusion/terminals"] == pytest.approx(share)
 
 
 def test_diverging_diffusion_stops_the_run(tmp_path):

@@ -379,6 +379,7 @@ def train_edm(
             start = saved["step"]
 
         x = model.normalize(data.to(device))
+        cond = None if cond is None else cond.to(device)
         batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
         loss_sum, last_log = torch.zeros((), device=device), start
         if start:
@@ -475,7 +476,7 @@ def generate(
         float32 [num_samples, dim] on the CPU, in raw units. Not clipped, as in the paper.
 
     Raises:
-        RunError: the model generates values that are not finite.
+        RunError: partial_path was begun with other settings.
     """
     device = edm.mean.device
     batch_size = batch_size or (100_000 if device.type == "cuda" else 2_000)
@@ -718,11 +719,11 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     terminals = raw["terminals"].astype(bool)
     if "timeouts" in raw:
         timeouts = raw["timeouts"].astype(bool)
-    else:  # count the steps of each episode
-        index = np.arange(len(terminals))
-        starts = np.concatenate([[0], np.flatnonzero(terminals[:-1]) + 1])
-        steps = index - starts[np.searchsorted(starts, index, "right") - 1]
-        timeouts = (steps + 1) % max_episode_steps == 0
+    else:  # D4RL's counter, which starts at 1 in an episode that follows a terminal
+        timeouts, step = np.zeros(len(terminals), bool), 0
+        for i, terminal in enumerate(terminals):
+            timeouts[i] = step == max_episode_steps - 1
+            step = 0 if timeouts[i] else 1 if terminal else step + 1
     keep = np.flatnonzero(~timeouts[:-1])
     next_observations = raw["observations"][keep + 1]
     if true_next_obs:
@@ -783,7 +784,7 @@ def load_transitions(source, true_next_obs=False):
     except RunError:
         raise
     except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
-        raise RunError(f"cannot read {source}: {error}") from None
+        raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
     check_arrays(data, source)
     for key, x in data.items():
         if x.ndim != (1 if key in ("rewards", "terminals") else 2):
@@ -793,11 +794,13 @@ def load_transitions(source, true_next_obs=False):
 
 # Copied from synther_td3bc.check_arrays with edm.RunError->RunError
 def check_arrays(arrays, source):
-    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
+    """Raise RunError unless the arrays of a dataset hold finite numbers and have the same number of rows, and some."""
     for key, x in arrays.items():
         if x.ndim == 0 or x.dtype.kind not in "fiub":
             raise RunError(f"{source}: {key} is not an array of numbers")
-        if not np.isfinite(x).all():
+        with np.errstate(over="ignore"):  # a number too large for float32 becomes Inf
+            finite = np.isfinite(x.astype(np.float32, copy=False)).all()
+        if not finite:
             raise RunError(f"{source}: {key} holds NaN or Inf")
     rows = {key: len(x) for key, x in arrays.items()}
     if len(set(rows.values())) != 1:
@@ -852,7 +855,7 @@ def main(args):
         if getattr(args, name) <= 0:
             raise RunError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for path in (out, out.with_suffix(".pt")):
-        if path.exists():
+        if path.exists() and not out.with_suffix(".checkpoint").exists():
             raise RunError(f"{path} exists; give another --out or move it away")
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise RunError(f"--out must be an .npz file in an existing folder, not {out}")

@@ -196,11 +196,11 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     terminals = raw["terminals"].astype(bool)
     if "timeouts" in raw:
         timeouts = raw["timeouts"].astype(bool)
-    else:  # count the steps of each episode
-        index = np.arange(len(terminals))
-        starts = np.concatenate([[0], np.flatnonzero(terminals[:-1]) + 1])
-        steps = index - starts[np.searchsorted(starts, index, "right") - 1]
-        timeouts = (steps + 1) % max_episode_steps == 0
+    else:  # D4RL's counter, which starts at 1 in an episode that follows a terminal
+        timeouts, step = np.zeros(len(terminals), bool), 0
+        for i, terminal in enumerate(terminals):
+            timeouts[i] = step == max_episode_steps - 1
+            step = 0 if timeouts[i] else 1 if terminal else step + 1
     keep = np.flatnonzero(~timeouts[:-1])
     next_observations = raw["observations"][keep + 1]
     if true_next_obs:
@@ -260,7 +260,7 @@ def load_transitions(source, true_next_obs=False):
     except edm.RunError:
         raise
     except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
-        raise edm.RunError(f"cannot read {source}: {error}") from None
+        raise edm.RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
     check_arrays(data, source)
     for key, x in data.items():
         if x.ndim != (1 if key in ("rewards", "terminals") else 2):
@@ -269,11 +269,13 @@ def load_transitions(source, true_next_obs=False):
 
 
 def check_arrays(arrays, source):
-    """Raise RunError unless the arrays of a dataset have the same number of rows, and some."""
+    """Raise RunError unless the arrays of a dataset hold finite numbers and have the same number of rows, and some."""
     for key, x in arrays.items():
         if x.ndim == 0 or x.dtype.kind not in "fiub":
             raise edm.RunError(f"{source}: {key} is not an array of numbers")
-        if not np.isfinite(x).all():
+        with np.errstate(over="ignore"):  # a number too large for float32 becomes Inf
+            finite = np.isfinite(x.astype(np.float32, copy=False)).all()
+        if not finite:
             raise edm.RunError(f"{source}: {key} holds NaN or Inf")
     rows = {key: len(x) for key, x in arrays.items()}
     if len(set(rows.values())) != 1:
@@ -357,7 +359,10 @@ def load_dataset(args):
     elif d4rl:
         data = load_transitions(download_d4rl(name), args.true_next_obs)
     elif "/" in name:
-        data = load_transitions(name)
+        try:
+            data = load_transitions(name)
+        except edm.RunError as error:
+            raise edm.RunError(f"{error}; pass a file with --dataset-path, or leave --env away for the quickstart") from None
         import minari
 
         spec = minari.load_dataset(name).spec.env_spec
@@ -601,6 +606,7 @@ def make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, lo
     """
     path = Path(args.synthetic_path or run_dir / "synthetic.npz")
     if args.synthetic_path or path.exists():
+        (run_dir / "synthetic.partial").unlink(missing_ok=True)
         data = load_transitions(path)
         sizes = data["observations"].shape[1], data["actions"].shape[1]
         if sizes != (obs_dim, act_dim):
@@ -683,6 +689,7 @@ def main(args):
     resolve(args, len(data["rewards"]))
     envs = [make_env(env_id) for _ in range(max(args.eval_episodes, 1))]
     obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    max_action = float(envs[0].action_space.high[0])
     if (data["observations"].shape[1], data["actions"].shape[1]) != (obs_dim, act_dim):
         raise edm.RunError(
             f"the dataset has {data['observations'].shape[1]} observation and {data['actions'].shape[1]} action "
@@ -729,7 +736,7 @@ def main(args):
     if args.data == "real":
         rows = real
     else:
-        rows = make_synthetic(args, real, obs_dim, act_dim, float(envs[0].action_space.high[0]), run_dir, device, log)[: args.num_samples]
+        rows = make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, log)[: args.num_samples]
         if args.data == "mixed":
             if len(rows) < len(real):
                 raise edm.RunError(f"--data mixed needs {len(real)} synthetic transitions, and there are {len(rows)}")
@@ -742,7 +749,6 @@ def main(args):
 
     # --- Agent ---
     torch.manual_seed(args.seed)
-    max_action = float(envs[0].action_space.high[0])
     agent = TD3BC(obs_dim, act_dim, max_action, args, device)
     batch = torch.empty(args.batch_size, rows.shape[1], device=device)
     losses = torch.zeros(2, device=device)
@@ -787,8 +793,8 @@ def main(args):
             actor_step()
         update = i + 1
         if update % log_every == 0:
-            critic_loss, actor_loss = losses.tolist()  # the only wait for the device
-            critic_loss, actor_loss = critic_loss / log_every, actor_loss / (log_every // args.policy_freq)
+            critic_loss, actor_loss = (losses / log_every).tolist()  # the only wait for the device
+            actor_loss *= args.policy_freq
             if not math.isfinite(critic_loss + actor_loss):
                 raise edm.RunError(f"a loss of the agent is no longer finite, between updates {update - log_every} and {update}")
             rate = log_every / (time.time() - last_time)

@@ -80,8 +80,8 @@ def assert_same_data(actual, expected):
 def slow_qlearning_dataset(raw, max_episode_steps, true_next_obs):
     """d4rl.qlearning_dataset, row by row.
 
-    One thing differs: without `timeouts`, D4RL's step counter starts at 1 after a terminal row, so that it drops the
-    row before the last of a full episode that follows, and keeps the last with a wrong s'. Here it starts at 0.
+    Without `timeouts`, its step counter starts at 1 after a terminal row: it drops the row before the last of a full
+    episode that follows, and keeps the last with a wrong s'.
     """
     rows, episode_step = [], 0
     for i in range(len(raw["rewards"]) - 1):
@@ -95,7 +95,9 @@ def slow_qlearning_dataset(raw, max_episode_steps, true_next_obs):
         done = bool(raw["terminals"][i])
         next_obs = raw["next_observations"][i] if true_next_obs and done else raw["observations"][i + 1]
         rows.append((raw["observations"][i], raw["actions"][i], raw["rewards"][i], next_obs, done))
-        episode_step = 0 if done else episode_step + 1
+        if done:
+            episode_step = 0
+        episode_step += 1
     return {key: [row[i] for row in rows] for i, key in enumerate(TRANSITION_KEYS)}
 
 
@@ -145,7 +147,7 @@ def test_qlearning_dataset_by_hand():
 def test_step_counter_starts_again_after_terminals_and_timeouts():
     raw = numbered_rows(12, terminals=[1])
     data = synther_td3bc.qlearning_dataset(raw, max_episode_steps=4)
-    assert data["observations"][:, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 10]  # 5 and 9 are the fourth of their episode
+    assert data["observations"][:, 0].tolist() == [0, 1, 2, 3, 5, 6, 7, 9, 10]  # after a terminal D4RL counts from 1
 
 
 def test_true_next_obs_needs_next_observations():

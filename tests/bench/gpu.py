@@ -1,0 +1,106 @@
+"""All that is to be measured on a GPU, in one command:
+
+    python tests/bench/gpu.py --data walker2d_medium_replay.hdf5
+
+1. CUDA agrees with the CPU: denoiser, sampler and 200 agent updates from the same weights, noise and batches; and CUDA
+   graphs agree with eager steps. 2. The table of bench.py. 3. The paper's experiment on Walker2d in full (100,000
+diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates), generated and real, timed. --only picks some of the three;
+--quick shrinks the third to try the command; with --device cpu everything but the graphs can be tried without a GPU.
+"""
+
+import copy
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import edm
+import synther_td3bc
+
+
+@dataclass
+class Args:
+    data: Optional[str] = None
+    """D4RL-layout HDF5 of Walker2d for the third part"""
+    out_dir: str = "runs"
+    """where its run folders go"""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu tries the command"""
+    only: Optional[Literal["agreement", "bench", "experiment"]] = None
+    """one part alone"""
+    quick: bool = False
+    """tiny sizes in the third part"""
+
+
+def largest_difference(a, b):
+    """The largest difference of two tensors, relative to the largest entry."""
+    return ((a.cpu() - b.cpu()).abs().max() / b.abs().max()).item()
+
+
+@torch.no_grad()
+def denoiser_difference(device):
+    """Relative differences between device and CPU: one call of the default denoiser, and 20 calls of the sampler."""
+    torch.manual_seed(0)
+    model = edm.EDM(42)
+    other = copy.deepcopy(model).to(device)
+    x, sigmas = torch.randn(256, 42), edm.karras_sigmas(20)
+    call = largest_difference(other(x.to(device), 0.5), model(x, 0.5))
+    return call, largest_difference(
+        edm.sample_dpmpp(other, 80 * x.to(device), sigmas), edm.sample_dpmpp(model, 80 * x, sigmas)
+    )
+
+
+def agent_difference(device, updates=200):
+    """Relative difference of the actor's actions after the same updates on device and CPU, target noise off."""
+    args = synther_td3bc.Args(policy_noise=0.0)
+    torch.manual_seed(0)
+    agents = [synther_td3bc.TD3BC(17, 6, 1.0, args, d) for d in (device, "cpu")]
+    agents[0].load_state_dict(copy.deepcopy(agents[1].state_dict()))
+    for i in range(updates):
+        batch = torch.randn(256, 42)
+        batch[:, -1] = (batch[:, -1] > 2).float()
+        for agent, d in zip(agents, (device, "cpu")):
+            agent.update_critic(batch.to(d))
+            if i % 2:
+                agent.update_actor(batch.to(d))
+    x = torch.randn(256, 17)
+    with torch.no_grad():
+        return largest_difference(agents[0].actor(x.to(device)), agents[1].actor(x))
+
+
+def graph_difference(device):
+    """Relative difference of the weights after 300 diffusion steps as CUDA graphs and eagerly, from the same seed."""
+    rows = torch.randn(5_000, 42)
+    options = dict(steps=300, width=256, device=device, progress=False)
+    a, b = (edm.train_edm(rows, compile=compile, **options) for compile in ("auto", "off"))
+    return max(largest_difference(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def main(args):
+    if args.only in (None, "agreement"):
+        call, sample = denoiser_difference(args.device)
+        print(f"{args.device} against CPU, relative: denoiser {call:.1e}, sampler of 20 calls {sample:.1e}, ", end="")
+        print(f"200 agent updates {agent_difference(args.device):.1e}")
+        print(f"graphs against eager steps, 300 diffusion steps: {graph_difference(args.device):.1e}", flush=True)
+    if args.only in (None, "bench"):
+        subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device], check=True)
+    if args.only in (None, "experiment"):
+        small = ["--diffusion-steps", "200", "--diffusion-width", "64", "--num-samples", "20000", "--updates", "2000"]
+        for data in ("synther", "real"):
+            start = time.time()
+            command = [sys.executable, str(ROOT / "synther_td3bc.py"), "--env", "walker2d-medium-replay-v2"]
+            command += ["--data", data, "--device", args.device, "--out-dir", args.out_dir]
+            command += ["--dataset-path", args.data] if args.data else []
+            subprocess.run(command + (small if args.quick else []), check=True)
+            print(f"{data}: {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -453,7 +453,7 @@ def generate(
     num_samples,
     *,
     sampler="dpmpp",
-    sample_steps=20,
+    sample_steps=None,
     batch_size=None,
     seed=0,
     cond=None,
@@ -465,7 +465,8 @@ def generate(
     Args:
         edm: the model, on the device that shall do the work.
         num_samples: any number; the last batch may be partial.
-        sampler: "dpmpp" (sample_steps network calls) or "sde", the paper's (2 * sample_steps - 1 calls, 128 steps).
+        sampler: "dpmpp" (sample_steps network calls) or "sde", the paper's (2 * sample_steps - 1 calls).
+        sample_steps: noise levels; None takes 20 for "dpmpp" and the paper's 128 for "sde".
         batch_size: rows at a time; None takes 100,000 on a GPU (as the paper) and 2,000 on a CPU, where the
             activations should fit the cache. Part of the random stream, like the seed.
         cond: optional condition [num_samples, cond_dim].
@@ -481,6 +482,7 @@ def generate(
     device = edm.mean.device
     batch_size = batch_size or (100_000 if device.type == "cuda" else 2_000)
     sample = {"dpmpp": sample_dpmpp, "sde": sample_sde}[sampler]
+    sample_steps = sample_steps or (128 if sampler == "sde" else 20)
     sigmas = karras_sigmas(sample_steps)
     rows = torch.empty(num_samples, edm.dim)
     done = 0
@@ -511,6 +513,7 @@ def generate(
             partial.flush()
         trim_memory()
         bar.update(size)
+    bar.close()
     if partial_path:
         partial.close()
     return rows
@@ -880,7 +883,7 @@ def main(args):
         model,
         args.num_samples,
         sampler=args.sampler,
-        sample_steps=args.sample_steps or (128 if args.sampler == "sde" else 20),
+        sample_steps=args.sample_steps,
         batch_size=args.sample_batch_size,
         seed=args.seed,
         partial_path=out.with_suffix(".partial"),

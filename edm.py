@@ -1,8 +1,8 @@
 """The diffusion model of Synthetic Experience Replay (SynthER, Lu et al., NeurIPS 2023), in one file.
 
 An Elucidated Diffusion Model (EDM, Karras et al. 2022) learns the rows [s, a, r, s', d] of a replay buffer and
-generates as many new ones as an agent wants. The scripts of this project import this module and nothing else of
-each other; it also works alone, for people who bring their own agent:
+generates as many new ones as an agent wants. The scripts import this module and nothing else of the
+project; it also works alone, for people who bring their own agent:
 
     python edm.py --data my_transitions.npz --num-samples 1000000 --out synthetic.npz
     python edm.py --data ~/.d4rl/datasets/hopper_medium-v2.hdf5 --num-samples 5000000 --out synthetic.npz
@@ -15,6 +15,8 @@ or from Python, with any float32 rows:
 
 Contents: denoiser | preconditioning and loss | noise schedule and samplers | training | generation |
 transitions <-> rows | sample quality | command line.
+
+On a CPU, importing it changes which library PyTorch multiplies float32 matrices with: see `use_fast_matmul`.
 
 "Section", "Table" and "Figure" refer to the SynthER paper, "Karras" to Karras et al. 2022 (arXiv 2206.00364).
 """
@@ -47,8 +49,8 @@ BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)  
 def use_fast_matmul():
     """Let oneDNN multiply float32 matrices on the CPU: twice as fast as PyTorch's own choice on AMD with AVX-512.
 
-    PyTorch asks oneDNN only if it may round the inputs to bfloat16. Most CPUs still multiply in full float32 then; those
-    that do round (Intel's AMX) are known by the error of a product, and keep PyTorch's choice.
+    PyTorch asks oneDNN only where rounding to bfloat16 is allowed. Most CPUs still compute in float32 then: one product is
+    tried, and if it was rounded (Intel's AMX), the setting is taken back.
     """
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
@@ -343,6 +345,7 @@ def train_edm(
         skip: columns that are not standardised.
         cond: optional condition [num_rows, cond_dim].
         seed: of the weights, noise and batches. The caller's random state is left as it was.
+        device: None takes a GPU if there is one.
         compile: "off" runs every step eagerly; otherwise a CUDA device replays a graph.
         checkpoint_path: written every `checkpoint_every` steps; if it exists, training goes on from it, exactly.
         on_log: called with (step, {key: value}) every `log_every` steps.
@@ -350,7 +353,7 @@ def train_edm(
     Raises:
         RunError: the data are not finite, or the loss is not.
     """
-    device = torch.device(device or data.device)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not torch.isfinite(data).all():
         raise RunError("the training rows of the diffusion model hold NaN or Inf")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -369,8 +372,10 @@ def train_edm(
         settings = dict(model.config, rows=len(data), steps=steps, batch_size=batch_size, lr=lr, seed=seed)
         if checkpoint_path and os.path.exists(checkpoint_path):
             saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
-            if saved["settings"] != settings:
-                raise RunError(f"{checkpoint_path} is of a run with other settings: {saved['settings']}, not {settings}")
+            if different := [k for k in settings if settings[k] != saved["settings"].get(k)]:
+                raise RunError(f"{checkpoint_path} is of a run with another {', '.join(different)}; delete it to start over")
+            if not torch.equal(saved["model"]["mean"], model.mean):
+                raise RunError(f"{checkpoint_path} is of a run on other data; delete it to start over")
             model.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -491,7 +496,7 @@ def generate(
         partial = open(partial_path, "a+b")
         partial.seek(0)
         if (found := partial.read(256)) not in (b"", settings):
-            raise RunError(f"{partial_path} is of a run with other settings: {found.decode().strip()}")
+            raise RunError(f"{partial_path} is of a run with another sampler, batch size or seed; delete it to start over")
         done = max(0, os.path.getsize(partial_path) - 256) // (4 * edm.dim) // batch_size * batch_size
         done = min(done, num_samples // batch_size * batch_size)
         if not found:
@@ -695,6 +700,8 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
+# The loaders are copies from synther_td3bc.py, so that each script can be read, and taken away, alone with this file;
+# tests/test_copies.py keeps them equal.
 
 # Copied from synther_td3bc.TRANSITION_KEYS
 TRANSITION_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
@@ -764,6 +771,8 @@ def load_transitions(source, true_next_obs=False):
     try:
         if Path(source).suffix == ".npz":
             with np.load(source) as f:
+                if missing := set(TRANSITION_KEYS) - set(f):
+                    raise RunError(f"{source} lacks {', '.join(sorted(missing))}")
                 data = {key: f[key] for key in TRANSITION_KEYS}
         elif is_file:
             with h5py.File(source, "r") as f:
@@ -788,6 +797,8 @@ def load_transitions(source, true_next_obs=False):
         raise
     except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
         raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+    for key in ("rewards", "terminals"):
+        data[key] = data[key].reshape(-1) if data[key].shape[1:] == (1,) else data[key]
     check_arrays(data, source)
     for key, x in data.items():
         if x.ndim != (1 if key in ("rewards", "terminals") else 2):
@@ -854,10 +865,10 @@ def main(args):
     goes on from its last checkpoint, OUT.checkpoint.
     """
     out = Path(args.out)
-    for name in ("num_samples", "diffusion_steps"):
-        if getattr(args, name) <= 0:
-            raise RunError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for path in (out, out.with_suffix(".pt")):
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed" and not 0 < value < math.inf:
+            raise RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    for path in (out, out.with_suffix(".pt"), out.with_suffix(".png")):
         if path.exists() and not out.with_suffix(".checkpoint").exists():
             raise RunError(f"{path} exists; give another --out or move it away")
     if out.suffix != ".npz" or not out.parent.is_dir():
@@ -904,7 +915,7 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -66,13 +66,13 @@ class Args:
     wandb_entity: Optional[str] = None
     """team or user to log to with --track"""
     resume: Optional[str] = None
-    """run folder to continue; its args.json supplies every other argument"""
+    """run folder to continue; its args.json supplies every other argument, and none can be changed"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto records training steps as CUDA graphs on a GPU; off runs every step eagerly; on insists on a GPU"""
+    """CUDA graphs of the training steps: auto uses them on a GPU, off runs every step eagerly, on insists on a GPU"""
 
     # the data
     data: Literal["synther", "real", "mixed"] = "synther"
-    """what the agent learns from: generated transitions (Table 2), the real ones, or as many of each (Table 12)"""
+    """what the agent learns from: generated transitions (Table 2), the real ones, or both in equal numbers (Table 12)"""
     augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"
     """explicit augmentation of each batch, the baselines of Figures 1a and 4 (Appendix D.1)"""
     subsample: Optional[float] = None
@@ -87,15 +87,15 @@ class Args:
 
     # the diffusion model; None takes the value for this dataset, see DEFAULTS
     diffusion_steps: Optional[int] = None
-    """training steps of the diffusion model (paper: 100,000, Table 8)"""
+    """training steps of the diffusion model (paper: 100,000, Table 8; quickstart: 6,000)"""
     diffusion_width: Optional[int] = None
-    """units per block of the denoiser (paper: 1024, and 2048 for three datasets, Appendix B.2)"""
+    """units per block of the denoiser (paper: 1024, and 2048 for three datasets, Appendix B.2; quickstart: 256)"""
     diffusion_depth: int = 6
     """residual blocks of the denoiser (paper: 6, Table 8)"""
     diffusion_batch_size: Optional[int] = None
     """rows per training step (paper: 256, and 1024 from 800,000 rows on)"""
     diffusion_lr: Optional[float] = None
-    """initial learning rate of the cosine schedule (paper: 3e-4, Table 8)"""
+    """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; quickstart: 1e-3)"""
     diffusion_seed: int = 0
     """seed of the subsample, the diffusion model and its samples, shared by agents of every --seed"""
     sampler: Literal["sde", "dpmpp"] = "dpmpp"
@@ -103,7 +103,7 @@ class Args:
     sample_steps: Optional[int] = None
     """noise levels of the sampler (default 20 for dpmpp; 128 for sde, the paper's)"""
     num_samples: Optional[int] = None
-    """transitions to generate (paper: 5,000,000, Appendix C.1)"""
+    """transitions to generate (paper: 5,000,000, Appendix C.1; quickstart: 200,000); of --synthetic-path, the first so many"""
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
     clip_actions: bool = False
@@ -111,7 +111,7 @@ class Args:
 
     # the agent (Appendix D: CORL's values)
     updates: Optional[int] = None
-    """gradient updates of the critics (paper: 1,000,000)"""
+    """gradient updates of the critics (paper: 1,000,000; quickstart: 20,000)"""
     batch_size: int = 256
     """transitions per update (paper: 256; 1024 with the larger network of Table 3)"""
     hidden_dim: int = 256
@@ -119,37 +119,37 @@ class Args:
     hidden_layers: int = 2
     """hidden layers of actor and critics (paper: 2; larger network 3)"""
     learning_rate: float = 3e-4
-    """Adam's learning rate for actor and critics"""
+    """Adam's learning rate for actor and critics (paper: 3e-4)"""
     discount: float = 0.99
-    """discount factor gamma"""
+    """discount factor gamma (paper: 0.99)"""
     tau: float = 0.005
-    """rate of the target networks' moving average"""
+    """rate of the target networks' moving average (paper: 0.005)"""
     policy_noise: float = 0.2
-    """standard deviation of the target action's noise, in units of the largest action"""
+    """standard deviation of the target action's noise, in units of the largest action (paper: 0.2)"""
     noise_clip: float = 0.5
-    """limit of that noise"""
+    """limit of that noise (paper: 0.5)"""
     policy_freq: int = 2
-    """critic updates per update of actor and targets"""
+    """critic updates per update of actor and targets (paper: 2)"""
     alpha: float = 2.5
-    """weight of the Q-value against behaviour cloning"""
+    """weight of the Q-value against behaviour cloning (paper: 2.5)"""
     eval_every: Optional[int] = None
-    """updates between evaluations (paper: 5,000)"""
+    """updates between evaluations (paper: 5,000; quickstart: 2,000)"""
     eval_episodes: int = 10
     """episodes per evaluation (paper: 10); 0 skips evaluation"""
-    checkpoint_every: int = 10_000
-    """steps or updates between checkpoints"""
+    checkpoint_every: Optional[int] = None
+    """steps or updates between checkpoints (default: 10,000; quickstart: 1,000)"""
 
 
 # The paper's values, by a pattern of the dataset's name: the last pattern that matches has the say.
 DEFAULTS = {
     r".*": dict(
         diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=5_000_000, updates=1_000_000,
-        eval_every=5_000,
+        eval_every=5_000, checkpoint_every=10_000,
     ),
     r"halfcheetah-medium-expert|hopper-medium-v2|hopper-medium-expert": dict(diffusion_width=2048),
     r"quickstart": dict(
         diffusion_steps=6_000, diffusion_width=256, diffusion_lr=1e-3, num_samples=200_000, updates=20_000,
-        eval_every=2_000,
+        eval_every=2_000, checkpoint_every=1_000,
     ),
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def resolve(args, num_rows):
     for pattern, row in DEFAULTS.items():
         if re.match(pattern, args.env):
             values |= row
-    values["diffusion_batch_size"] = 256 if num_rows < 800_000 else 1024  # the code's rule; the paper says 1M
+    values["diffusion_batch_size"] = 256 if num_rows < 800_000 else 1024  # the official code's rule; the paper says 1M
     if args.data == "mixed":
         values["num_samples"] = num_rows
     values["sample_steps"] = 128 if args.sampler == "sde" else 20
@@ -237,6 +237,8 @@ def load_transitions(source, true_next_obs=False):
     try:
         if Path(source).suffix == ".npz":
             with np.load(source) as f:
+                if missing := set(TRANSITION_KEYS) - set(f):
+                    raise edm.RunError(f"{source} lacks {', '.join(sorted(missing))}")
                 data = {key: f[key] for key in TRANSITION_KEYS}
         elif is_file:
             with h5py.File(source, "r") as f:
@@ -261,6 +263,8 @@ def load_transitions(source, true_next_obs=False):
         raise
     except Exception as error:  # every format fails in its own way: truncated, not that format, no network, ...
         raise edm.RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+    for key in ("rewards", "terminals"):
+        data[key] = data[key].reshape(-1) if data[key].shape[1:] == (1,) else data[key]
     check_arrays(data, source)
     for key, x in data.items():
         if x.ndim != (1 if key in ("rewards", "terminals") else 2):
@@ -352,9 +356,14 @@ def load_dataset(args):
     d4rl = re.fullmatch(rf"(halfcheetah|hopper|walker2d)-({level})-v2", name)
     env_id = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}[d4rl[1]] if d4rl else name
     if args.dataset_path:
+        if name == Args.env:
+            raise edm.RunError("--dataset-path needs --env, the environment to evaluate in, such as Walker2d-v4")
+        if Path(args.dataset_path).suffix not in (".hdf5", ".h5", ".npz"):
+            raise edm.RunError(f"--dataset-path must end in .hdf5, .h5 or .npz, not {args.dataset_path}")
         data = load_transitions(args.dataset_path, args.true_next_obs)
     elif name == "quickstart":
         env_id = "HalfCheetah-v4"
+        print("collecting 30,000 transitions of random actions in HalfCheetah-v4")
         data = collect_random(env_id, 30_000)
     elif d4rl:
         data = load_transitions(download_d4rl(name), args.true_next_obs)
@@ -371,8 +380,9 @@ def load_dataset(args):
         env_id = spec.id
     else:
         raise edm.RunError(
-            f"unknown dataset {args.env}: give a D4RL name such as walker2d-medium-replay-v2, a Minari id such as "
-            "mujoco/hopper/medium-v0, or a file with --dataset-path"
+            f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, -expert, "
+            "-medium-replay, -full-replay or -medium-expert, then -v2), a Minari id such as mujoco/hopper/medium-v0, or a "
+            "file with --dataset-path"
         )
     if args.subsample is not None:
         num_rows = len(data["rewards"])
@@ -401,7 +411,7 @@ def normalized_score(env_id, returns):
 
 
 def make_env(env_id):
-    """A Gymnasium environment with Box observations and actions. The v4 locomotion tasks equal D4RL's v2; v5 do not.
+    """A Gymnasium environment with Box observations and actions. The v4 locomotion tasks are closest to D4RL's v2.
 
     Raises:
         RunError: unknown id, or spaces that are not flat boxes.
@@ -417,6 +427,9 @@ def make_env(env_id):
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise edm.RunError(f"{env_id} has the space {space}; only flat Box spaces are supported")
+    low, high = env.action_space.low, env.action_space.high
+    if not (np.isfinite(high).all() and (high == high[0]).all() and (low == -high).all()):
+        raise edm.RunError(f"{env_id} has the actions {env.action_space}; only one symmetric bound for all is supported")
     return env
 
 
@@ -584,12 +597,16 @@ def load_resumed_args(args):
 
 def check_args(args):
     """Raise RunError where a number makes no sense or a choice cannot be had on this machine."""
+    not_negative = ("seed", "diffusion_seed", "eval_episodes", "policy_noise", "noise_clip", "alpha")
     for name, value in vars(args).items():
-        may_be_zero = name in ("seed", "diffusion_seed", "eval_episodes", "policy_noise", "noise_clip", "alpha")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf and not may_be_zero:
-            raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("seed", "diffusion_seed", "eval_episodes") and value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name in not_negative and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
+        if name not in not_negative and not 0 < value < math.inf:
+            raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        if name in ("discount", "tau") and value > 1:
+            raise edm.RunError(f"--{name} must be at most 1, not {value}")
     if args.subsample is not None and args.subsample > 1 and not float(args.subsample).is_integer():
         raise edm.RunError(f"--subsample must be a fraction up to 1 or a whole number, not {args.subsample}")
     if args.synthetic_path and not Path(args.synthetic_path).is_file():
@@ -684,6 +701,9 @@ def main(args):
     if args.resume:
         args = load_resumed_args(args)
     check_args(args)
+    for name in ("dataset_path", "synthetic_path"):  # so that a run can be resumed from anywhere
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     data, env_id = load_dataset(args)
     resolve(args, len(data["rewards"]))
@@ -718,14 +738,14 @@ def main(args):
             project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name, config=vars(args),
             dir=run_dir, resume="allow",
         )  # fmt: skip
+        wandb.define_metric("*", step_metric="step")
 
     def log(step, values):
-        values = values | {"perf/seconds": time.time() - start_time}
         # After a resume, the steps since the last checkpoint come again, with the same values: log each once.
         values = {key: value for key, value in values.items() if (str(step), key) not in logged}
         logged.update((str(step), key) for key in values)
         with open(metrics_path, "a") as f:
-            f.writelines(f"{step},{key},{value}\n" for key, value in values.items())
+            f.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
             wandb.log(values | {"step": step})
 
@@ -777,21 +797,22 @@ def main(args):
         actor = copy.deepcopy(agent.actor).cpu()  # ten rows at a time are faster there than on a GPU
         returns = evaluate(lambda obs: actor((obs - obs_mean) / obs_std), envs, args.seed)
         evaluations.append((update, returns.tolist()))
-        scores = normalized_score(env_id, returns)
-        values = {"return_mean": returns.mean(), "return_std": returns.std(), "normalized_score": scores.mean()}
-        log(update, {f"eval/{key}": float(value) for key, value in values.items()})
-        bar.set_postfix_str(f"return {returns.mean():.0f}, score {scores.mean():.1f}")
+        values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
+        if scored:
+            values["eval/normalized_score"] = normalized_score(env_id, returns).mean()
+        log(update, values | {"perf/seconds": time.time() - start_time})
+        bar.set_postfix_str(", ".join(f"{key.removeprefix('eval/')} {value:.1f}" for key, value in values.items()))
 
     log_every = 1_000
-    bar = tqdm(range(start, args.updates), "TD3+BC", initial=start, total=args.updates, **edm.BAR)
+    scored = not math.isnan(normalized_score(env_id, 0.0))
+    bar = tqdm(range(start + 1, args.updates + 1), "TD3+BC", initial=start, total=args.updates, **edm.BAR)
     if start == 0 and args.eval_episodes:
         run_evaluation(0)
     last_time = time.time()
-    for i in bar:
+    for update in bar:
         critic_step()
-        if (i + 1) % args.policy_freq == 0:
+        if update % args.policy_freq == 0:
             actor_step()
-        update = i + 1
         if update % log_every == 0:
             critic_loss, actor_loss = (losses / log_every).tolist()  # the only wait for the device
             actor_loss *= args.policy_freq
@@ -828,11 +849,11 @@ def main(args):
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **final))
         plot_learning_curve(run_dir / "learning_curve.png", env_id, evaluations)
         best = returns.mean(1).argmax()
-        for name, k in (("last", -1), ("best", best)):
+        for name, k in (("last", -1), ("best, in hindsight", best)):
+            score = f"normalised score {scores[k].mean():.1f} ± {scores[k].std():.1f}, " if scored else ""
             print(
-                f"{name}: normalised score {scores[k].mean():.1f} ± {scores[k].std():.1f}, "
-                f"return {returns[k].mean():.0f} ± {returns[k].std():.0f} over {args.eval_episodes} episodes, "
-                f"after {updates[k]} updates"
+                f"{name}: {score}return {returns[k].mean():.0f} ± {returns[k].std():.0f} over {args.eval_episodes} "
+                f"episodes, after {updates[k]} updates"
             )
     print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
     if args.track:
@@ -841,7 +862,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except (edm.RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -829,7 +829,7 @@ def test_stopped_command_goes_on(tmp_path, monkeypatch, where, function):
 def test_stopped_command_does_not_go_on_with_other_settings(tmp_path, monkeypatch):
     options = stopped_command(tmp_path, monkeypatch, edm, "quality_report")
     for name, other in dict(diffusion_lr=1e-3, seed=1, sampler="sde", sample_steps=5, sample_batch_size=500).items():
-        with pytest.raises(RunError, match="other settings"):
+        with pytest.raises(RunError, match="delete it to start over"):
             edm.main(edm.Args(**options | {name: other}))
 
 

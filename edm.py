@@ -471,7 +471,7 @@ def generate(
         edm: the model, on the device that shall do the work.
         num_samples: any number; the last batch may be partial.
         sampler: "dpmpp" (sample_steps network calls) or "sde", the paper's (2 * sample_steps - 1 calls).
-        sample_steps: noise levels; None takes 20 for "dpmpp" and the paper's 128 for "sde".
+        sample_steps: noise levels; None takes 32 for "dpmpp" and the paper's 128 for "sde".
         batch_size: rows at a time; None takes 100,000 on a GPU (as the paper) and 2,000 on a CPU, where the
             activations should fit the cache. Part of the random stream, like the seed.
         cond: optional condition [num_samples, cond_dim].
@@ -487,7 +487,7 @@ def generate(
     device = edm.mean.device
     batch_size = batch_size or (100_000 if device.type == "cuda" else 2_000)
     sample = {"dpmpp": sample_dpmpp, "sde": sample_sde}[sampler]
-    sample_steps = sample_steps or (128 if sampler == "sde" else 20)
+    sample_steps = sample_steps or (128 if sampler == "sde" else 32)
     sigmas = karras_sigmas(sample_steps)
     rows = torch.empty(num_samples, edm.dim)
     done = 0
@@ -849,7 +849,7 @@ class Args:
     sampler: Literal["sde", "dpmpp"] = "dpmpp"
     """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
-    """noise levels of the sampler (default 20 for dpmpp; 128 for sde, the paper's)"""
+    """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default 2,000 on a CPU, 100,000 on a GPU)"""
     seed: int = 0

@@ -101,7 +101,7 @@ class Args:
     sampler: Literal["sde", "dpmpp"] = "dpmpp"
     """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
-    """noise levels of the sampler (default 20 for dpmpp; 128 for sde, the paper's)"""
+    """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
     num_samples: Optional[int] = None
     """transitions to generate (paper: 5,000,000, Appendix C.1; quickstart: 200,000); of --synthetic-path, the first so many"""
     sample_batch_size: Optional[int] = None
@@ -163,7 +163,7 @@ def resolve(args, num_rows):
     values["diffusion_batch_size"] = 256 if num_rows < 800_000 else 1024  # the official code's rule; the paper says 1M
     if args.data == "mixed":
         values["num_samples"] = num_rows
-    values["sample_steps"] = 128 if args.sampler == "sde" else 20
+    values["sample_steps"] = 128 if args.sampler == "sde" else 32
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

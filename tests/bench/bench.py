@@ -336,7 +336,7 @@ def bench_sampling(device, repeats, quick):
     plain = PlainEDM().to(device)
     gpu = device == "cuda"
     rows, plain_rows = (100_000, 100_000) if gpu else (2_000, 2_000 if quick else 10_000)
-    calls = 20
+    calls = 32  # the default of edm.generate
     plain_sigmas = edm.karras_sigmas(20 if gpu else 3).tolist()
     sde_sigmas = edm.karras_sigmas(128).tolist()[-129 if gpu else -3 :]  # on a CPU the last two steps stand for all
     plain_calls, sde_calls = len(plain_sigmas) - 1, 2 * len(sde_sigmas) - 3
@@ -366,7 +366,7 @@ def bench_sampling(device, repeats, quick):
         [t / plain_rows / plain_calls for t in b],
         [t / rows / limit_calls for t in c],
     ]
-    equal_quality = [[t / rows for t in a], [t / plain_rows / sde_calls * 255 for t in d], [20 * t for t in per_call[2]]]
+    equal_quality = [[t / rows for t in a], [t / plain_rows / sde_calls * 255 for t in d], [calls * t for t in per_call[2]]]
     return per_call, equal_quality
 
 
@@ -500,7 +500,7 @@ def main():
     if args.only in (None, "sampling"):
         per_call, equal_quality = bench_sampling(*options)
         show("sampling, one network call", "us/row", 1e6, per_call)
-        show("sampling, 20 calls (plain: 255)", "us/row", 1e6, equal_quality)
+        show("sampling, 32 calls (plain: 255)", "us/row", 1e6, equal_quality)
     if args.only in (None, "td3bc"):
         show(f"TD3+BC update, 2 x 256, batch {BATCH}", "us/update", 1e6, bench_td3bc(*options))
 

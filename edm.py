@@ -49,8 +49,8 @@ BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)  
 def use_fast_matmul():
     """Let oneDNN multiply float32 matrices on the CPU: twice as fast as PyTorch's own choice on AMD with AVX-512.
 
-    PyTorch asks oneDNN only where rounding to bfloat16 is allowed. Most CPUs still compute in float32 then: one product is
-    tried, and if it was rounded (Intel's AMX), the setting is taken back.
+    PyTorch asks oneDNN only where rounding to bfloat16 is allowed. Most CPUs still compute in float32 then: one product
+    is tried, and if it was rounded (Intel's AMX), the setting is taken back.
     """
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ if not torch.cuda.is_available():
 
 
 def trim_memory():
-    """Give freed memory back to the system. glibc reuses freed tensors badly: hours of training would pile up gigabytes."""
+    """Give freed memory back to the system: glibc reuses it badly, and hours of training would pile up gigabytes."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -190,14 +190,21 @@ def load_edm(path, device="cpu"):
 
 
 def karras_sigmas(num_steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The noise levels of Karras' Equation 5, from sigma_max to sigma_min and then 0. Returns float64 [num_steps + 1]."""
+    """The noise levels of Karras' Equation 5, from sigma_max to sigma_min, then 0. Returns float64 [num_steps + 1]."""
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def sample_sde(
-    denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003, generator: Optional[torch.Generator] = None
+    denoise,
+    x,
+    sigmas,
+    s_churn=80.0,
+    s_tmin=0.05,
+    s_tmax=50.0,
+    s_noise=1.003,
+    generator: Optional[torch.Generator] = None,
 ):
     """The paper's sampler: Karras' Algorithm 2, stochastic Heun with the constants of Table 9.
 
@@ -250,7 +257,7 @@ def ema_decay(step, beta=0.995, update_after=100, power=2 / 3):
 
 
 def cosine_lr(lr, step, steps):
-    """Cosine annealing from `lr` at step 0 to 0 at `steps` (Table 8). A function of the step alone, so resume is exact."""
+    """Cosine annealing from `lr` at step 0 to 0 at `steps` (Table 8): a function of the step, so resume is exact."""
     return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
 
 
@@ -373,7 +380,9 @@ def train_edm(
         if checkpoint_path and os.path.exists(checkpoint_path):
             saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
             if different := [k for k in settings if settings[k] != saved["settings"].get(k)]:
-                raise RunError(f"{checkpoint_path} is of a run with another {', '.join(different)}; delete it to start over")
+                raise RunError(
+                    f"{checkpoint_path} is of a run with another {', '.join(different)}; delete it to start over"
+                )
             if not torch.equal(saved["model"]["mean"], model.mean):
                 raise RunError(f"{checkpoint_path} is of a run on other data; delete it to start over")
             model.load_state_dict(saved["model"])
@@ -496,7 +505,9 @@ def generate(
         partial = open(partial_path, "a+b")
         partial.seek(0)
         if (found := partial.read(256)) not in (b"", settings):
-            raise RunError(f"{partial_path} is of a run with another sampler, batch size or seed; delete it to start over")
+            raise RunError(
+                f"{partial_path} is of a run with another sampler, batch size or seed; delete it to start over"
+            )
         done = max(0, os.path.getsize(partial_path) - 256) // (4 * edm.dim) // batch_size * batch_size
         done = min(done, num_samples // batch_size * batch_size)
         if not found:
@@ -834,8 +845,8 @@ class Args:
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
     terminals: Literal["column", "classifier"] = "column"
-    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of d
-    from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
+    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
+    d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
     diffusion_steps: int = 100_000
     """training steps (paper: 100,000, Table 8)"""
     diffusion_width: int = 1024
@@ -866,7 +877,8 @@ def main(args):
     """
     out = Path(args.out)
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed" and not 0 < value < math.inf:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and name != "seed" and not 0 < value < math.inf:
             raise RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
     for path in (out, out.with_suffix(".pt"), out.with_suffix(".png")):
         if path.exists() and not out.with_suffix(".checkpoint").exists():

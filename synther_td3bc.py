@@ -72,7 +72,7 @@ class Args:
 
     # the data
     data: Literal["synther", "real", "mixed"] = "synther"
-    """what the agent learns from: generated transitions (Table 2), the real ones, or both in equal numbers (Table 12)"""
+    """what the agent learns from: generated transitions (Table 2), real ones, or both in equal numbers (Table 12)"""
     augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"
     """explicit augmentation of each batch, the baselines of Figures 1a and 4 (Appendix D.1)"""
     subsample: Optional[float] = None
@@ -80,8 +80,8 @@ class Args:
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
     terminals: Literal["column", "classifier"] = "column"
-    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of d
-    from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
+    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
+    d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
     synthetic_path: Optional[str] = None
     """use the synthetic.npz of an earlier run (of any script) instead of training a diffusion model"""
 
@@ -103,7 +103,7 @@ class Args:
     sample_steps: Optional[int] = None
     """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
     num_samples: Optional[int] = None
-    """transitions to generate (paper: 5,000,000, Appendix C.1; quickstart: 200,000); of --synthetic-path, the first so many"""
+    """transitions to generate, or to take from --synthetic-path (paper: 5,000,000, Appendix C.1; quickstart: 200,000)"""
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
     clip_actions: bool = False
@@ -308,7 +308,10 @@ def download_d4rl(name):
             with urllib.request.urlopen(base + filename, timeout=30) as response:
                 folder.mkdir(parents=True, exist_ok=True)
                 size = int(response.headers.get("Content-Length", 0))
-                with open(temporary, "wb") as f, tqdm(total=size, unit="B", unit_scale=True, desc=filename, **edm.BAR) as bar:
+                with (
+                    open(temporary, "wb") as f,
+                    tqdm(total=size, unit="B", unit_scale=True, desc=filename, **edm.BAR) as bar,
+                ):
                     while chunk := response.read(1 << 20):
                         f.write(chunk)
                         bar.update(len(chunk))
@@ -354,7 +357,9 @@ def load_dataset(args):
     name = args.env.replace("-mixed-", "-medium-replay-")
     level = r"random|medium|expert|medium-replay|full-replay|medium-expert"
     d4rl = re.fullmatch(rf"(halfcheetah|hopper|walker2d)-({level})-v2", name)
-    env_id = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}[d4rl[1]] if d4rl else name
+    env_id = (
+        {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}[d4rl[1]] if d4rl else name
+    )
     if args.dataset_path:
         if name == Args.env:
             raise edm.RunError("--dataset-path needs --env, the environment to evaluate in, such as Walker2d-v4")
@@ -371,7 +376,9 @@ def load_dataset(args):
         try:
             data = load_transitions(name)
         except edm.RunError as error:
-            raise edm.RunError(f"{error}; pass a file with --dataset-path, or leave --env away for the quickstart") from None
+            raise edm.RunError(
+                f"{error}; pass a file with --dataset-path, or leave --env away for the quickstart"
+            ) from None
         import minari
 
         spec = minari.load_dataset(name).spec.env_spec
@@ -380,9 +387,9 @@ def load_dataset(args):
         env_id = spec.id
     else:
         raise edm.RunError(
-            f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, -expert, "
-            "-medium-replay, -full-replay or -medium-expert, then -v2), a Minari id such as mujoco/hopper/medium-v0, or a "
-            "file with --dataset-path"
+            f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, "
+            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2), a Minari id such as "
+            "mujoco/hopper/medium-v0, or a file with --dataset-path"
         )
     if args.subsample is not None:
         num_rows = len(data["rewards"])
@@ -429,7 +436,9 @@ def make_env(env_id):
             raise edm.RunError(f"{env_id} has the space {space}; only flat Box spaces are supported")
     low, high = env.action_space.low, env.action_space.high
     if not (np.isfinite(high).all() and (high == high[0]).all() and (low == -high).all()):
-        raise edm.RunError(f"{env_id} has the actions {env.action_space}; only one symmetric bound for all is supported")
+        raise edm.RunError(
+            f"{env_id} has the actions {env.action_space}; only one symmetric bound for all is supported"
+        )
     return env
 
 
@@ -627,7 +636,9 @@ def make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, lo
         data = load_transitions(path)
         sizes = data["observations"].shape[1], data["actions"].shape[1]
         if sizes != (obs_dim, act_dim):
-            raise edm.RunError(f"{path} has {sizes} observation and action dimensions, the dataset {(obs_dim, act_dim)}")
+            raise edm.RunError(
+                f"{path} has {sizes} observation and action dimensions, the dataset {(obs_dim, act_dim)}"
+            )
         return edm.pack(**data)
     if (run_dir / "diffusion.pt").exists():
         model = edm.load_edm(run_dir / "diffusion.pt", device)
@@ -717,7 +728,9 @@ def main(args):
         )
 
     if args.data == "mixed" and not args.synthetic_path and args.num_samples < len(data["rewards"]):
-        raise edm.RunError(f"--data mixed needs --num-samples of at least {len(data['rewards'])}, not {args.num_samples}")
+        raise edm.RunError(
+            f"--data mixed needs --num-samples of at least {len(data['rewards'])}, not {args.num_samples}"
+        )
 
     # --- Run folder and log ---
     run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
@@ -752,7 +765,10 @@ def main(args):
     # --- Transitions to learn from: rows [s, a, r, s', d] ---
     real = edm.pack(**data)
     del data
-    obs_mean, obs_std = real[:, :obs_dim].mean(0), real[:, :obs_dim].std(0, unbiased=False) + 1e-3  # always of real data
+    obs_mean, obs_std = (
+        real[:, :obs_dim].mean(0),
+        real[:, :obs_dim].std(0, unbiased=False) + 1e-3,
+    )  # always of real data
     if args.data == "real":
         rows = real
     else:
@@ -817,9 +833,13 @@ def main(args):
             critic_loss, actor_loss = (losses / log_every).tolist()  # the only wait for the device
             actor_loss *= args.policy_freq
             if not math.isfinite(critic_loss + actor_loss):
-                raise edm.RunError(f"a loss of the agent is no longer finite, between updates {update - log_every} and {update}")
+                raise edm.RunError(
+                    f"a loss of the agent is no longer finite, between updates {update - log_every} and {update}"
+                )
             rate = log_every / (time.time() - last_time)
-            log(update, {"train/critic_loss": critic_loss, "train/actor_loss": actor_loss, "perf/updates_per_sec": rate})
+            log(
+                update, {"train/critic_loss": critic_loss, "train/actor_loss": actor_loss, "perf/updates_per_sec": rate}
+            )
             losses.zero_()
             edm.trim_memory()
             last_time = time.time()

@@ -117,7 +117,11 @@ def load(path):
         ("# Copied from source.load" + SOURCE[17:].replace("Load a", "Save a"), "Save a path"),
         ("# Copied from source.load" + SOURCE[17:].replace("@cache\n", ""), "-@cache"),
         ("# Copied from source.load with edm.RunError->RunError" + SOURCE[17:].replace("edm.", ""), None),
-        ("# Copied from source.load with edm.->, path->file" + SOURCE[17:].replace("edm.", "").replace("path", "file"), None),
+        (
+            "# Copied from source.load with edm.->, path->file"
+            + SOURCE[17:].replace("edm.", "").replace("path", "file"),
+            None,
+        ),
         ("# Copied from source.load with pat->fil" + SOURCE[17:].replace("path", "file"), "-def load(path)"),
         ("# Copied from source.load\n" + SOURCE[17:], "no definition right below"),
         ("# Copied from source.store" + SOURCE[17:], "no source.store"),

@@ -758,13 +758,17 @@ def test_plot_of_the_marginals(tmp_path):
 
 def write_transitions(path, n=300):
     rng = np.random.default_rng(0)
-    arrays = {k: rng.standard_normal((n, 2)).astype(np.float32) for k in ("observations", "next_observations", "actions")}
+    arrays = {
+        k: rng.standard_normal((n, 2)).astype(np.float32) for k in ("observations", "next_observations", "actions")
+    }
     np.savez(path, **arrays, rewards=rng.standard_normal(n).astype(np.float32), terminals=rng.random(n) < 0.1)
     return path
 
 
 def command(folder, **options):
-    tiny = dict(data="data.npz", num_samples=2_500, out="out.npz", diffusion_steps=300, diffusion_width=16, device="cpu")
+    tiny = dict(
+        data="data.npz", num_samples=2_500, out="out.npz", diffusion_steps=300, diffusion_width=16, device="cpu"
+    )
     words = [word for k, v in (tiny | options).items() for word in (f"--{k.replace('_', '-')}", str(v))]
     return dict(args=[sys.executable, edm.__file__, *words], cwd=folder, stdin=subprocess.DEVNULL)
 

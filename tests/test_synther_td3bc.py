@@ -198,7 +198,12 @@ def make_minari(monkeypatch, folder, **options):
         terminations, truncations = last & (i == 0), last & (i == 1)
         buffers.append(
             EpisodeBuffer(
-                id=i, observations=obs, actions=actions, rewards=rewards, terminations=terminations, truncations=truncations
+                id=i,
+                observations=obs,
+                actions=actions,
+                rewards=rewards,
+                terminations=terminations,
+                truncations=truncations,
             )  # fmt: skip
         )
         parts.append((obs[:-1], actions, rewards, obs[1:], terminations))
@@ -486,7 +491,9 @@ def test_make_env_refuses(env_id):
         synther_td3bc.make_env(env_id)
 
 
-@pytest.mark.parametrize("version, other_dynamics", [("3.4.0", False), ("3.5.0", True), ("3.10.0", True), ("4.0.0", True)])
+@pytest.mark.parametrize(
+    "version, other_dynamics", [("3.4.0", False), ("3.5.0", True), ("3.10.0", True), ("4.0.0", True)]
+)
 def test_warning_about_mujoco(monkeypatch, version, other_dynamics):
     monkeypatch.setattr(synther_td3bc.mujoco, "mj_versionString", lambda: version)
     with warnings.catch_warnings(record=True) as caught:
@@ -689,7 +696,11 @@ def test_multiplicative_augmentation():
     factor = (new_s * s).sum(1, keepdim=True) / (s * s).sum(1, keepdim=True)
     torch.testing.assert_close(new_s, factor * s, atol=1e-5, rtol=0)  # one number per transition
     torch.testing.assert_close(new_s_next, factor * s_next, atol=1e-5, rtol=1e-4)
-    assert 0.799 < factor.min() < 0.81 and 1.19 < factor.max() < 1.201 and factor.mean().item() == pytest.approx(1, abs=0.01)
+    assert (
+        0.799 < factor.min() < 0.81
+        and 1.19 < factor.max() < 1.201
+        and factor.mean().item() == pytest.approx(1, abs=0.01)
+    )
     assert torch.equal(rest, new_rest)
 
 
@@ -698,7 +709,11 @@ def test_dynamics_augmentation():
     change = s_next - s
     factor = ((new_s_next - s) * change).sum(1, keepdim=True) / (change * change).sum(1, keepdim=True)
     torch.testing.assert_close(new_s_next, s + factor * change, atol=1e-5, rtol=1e-4)
-    assert 0.499 < factor.min() < 0.51 and 1.49 < factor.max() < 1.501 and factor.mean().item() == pytest.approx(1, abs=0.02)
+    assert (
+        0.499 < factor.min() < 0.51
+        and 1.49 < factor.max() < 1.501
+        and factor.mean().item() == pytest.approx(1, abs=0.02)
+    )
     assert torch.equal(s, new_s) and torch.equal(rest, new_rest)
 
 
@@ -1128,7 +1143,9 @@ def test_killed_run_equals_uninterrupted(inputs, tmp_path):
 
 
 def test_metrics_cut_by_a_kill_are_repaired(inputs, tmp_path):
-    options = dict(TINY, env="Pendulum-v1", dataset_path=str(inputs / "data.npz"), data="real", updates=300, eval_every=100)
+    options = dict(
+        TINY, env="Pendulum-v1", dataset_path=str(inputs / "data.npz"), data="real", updates=300, eval_every=100
+    )
     folder = run(tmp_path, **options)
     expected = [line for line in (folder / "metrics.csv").read_text().splitlines() if ",perf/" not in line]
     (folder / "checkpoint.pt").unlink()

@@ -2,7 +2,7 @@
 
     python tests/bench/bench.py                      # about 3 minutes on a 2-core CPU
     python tests/bench/bench.py --quick              # about a minute, less exact
-    python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment (--memory 200000: of a smaller one)
+    python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment, or of --memory ROWS
 
 Each figure is measured on the code that users run. It is printed beside
 - a reference: the same arithmetic written as the public codes write it (SynthER, CORL, ema-pytorch), run eagerly;
@@ -366,7 +366,11 @@ def bench_sampling(device, repeats, quick):
         [t / plain_rows / plain_calls for t in b],
         [t / rows / limit_calls for t in c],
     ]
-    equal_quality = [[t / rows for t in a], [t / plain_rows / sde_calls * 255 for t in d], [calls * t for t in per_call[2]]]
+    equal_quality = [
+        [t / rows for t in a],
+        [t / plain_rows / sde_calls * 255 for t in d],
+        [calls * t for t in per_call[2]],
+    ]
     return per_call, equal_quality
 
 
@@ -436,7 +440,10 @@ def bench_memory(num_rows):
     """Run synther_td3bc.py on random data of Walker2d's size with a tiny network, and print its peak memory."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        data = {key: rng.standard_normal((20_000, OBS_DIM)).astype(np.float32) for key in ("observations", "next_observations")}
+        data = {
+            key: rng.standard_normal((20_000, OBS_DIM)).astype(np.float32)
+            for key in ("observations", "next_observations")
+        }
         data["actions"] = rng.uniform(-1, 1, (20_000, ACT_DIM)).astype(np.float32)
         data["rewards"] = rng.standard_normal(20_000).astype(np.float32)
         data["terminals"] = rng.random(20_000) < 0.01

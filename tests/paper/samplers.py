@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 
@@ -71,7 +70,9 @@ def main(args):
     model = edm.load_edm(args.model)
     obs_dim = edm.load_transitions(args.data)["observations"].shape[1]
     act_dim = real.shape[1] - 2 * obs_dim - 2
-    floor = edm.unpack(real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:5_000]], obs_dim, act_dim)
+    floor = edm.unpack(
+        real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:5_000]], obs_dim, act_dim
+    )
     print("| sampler | calls | marginal | correlation | spread | terminals | dynamics | µs per row |")
     print("|---|---|---|---|---|---|---|---|")
     print(

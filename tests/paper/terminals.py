@@ -42,7 +42,9 @@ def main(args):
     for name in ("real rows", "column", "classifier"):
         if name == "classifier":
             edm.relabel_terminals(rows, real)
-        scores = dynamics_scores(args.env, edm.unpack(real[:100_000] if name == "real rows" else rows, obs_dim, act_dim))
+        scores = dynamics_scores(
+            args.env, edm.unpack(real[:100_000] if name == "real rows" else rows, obs_dim, act_dim)
+        )
         share = (real if name == "real rows" else rows)[:, -1].mean()
         print(
             f"| {name} | {share:.2%} | {scores['falls']:.2%} | {scores['recall']:.0%} | {scores['precision']:.0%} "

@@ -430,7 +430,7 @@ def test_defaults_are_the_papers(env, rows, width, batch_size):
     assert (args.diffusion_width, args.diffusion_batch_size) == (width, batch_size)
     assert (args.diffusion_steps, args.diffusion_lr, args.diffusion_depth) == (100_000, 3e-4, 6)
     assert (args.num_samples, args.updates, args.eval_every) == (5_000_000, 1_000_000, 5_000)
-    assert args.sample_steps == 20 and synther_td3bc.resolve(Args(env=env, sampler="sde"), rows).sample_steps == 128
+    assert args.sample_steps == 32 and synther_td3bc.resolve(Args(env=env, sampler="sde"), rows).sample_steps == 128
     by_hand = synther_td3bc.resolve(Args(env=env, diffusion_width=3, diffusion_batch_size=4, sample_steps=5), rows)
     assert (by_hand.diffusion_width, by_hand.diffusion_batch_size, by_hand.sample_steps) == (3, 4, 5)
 

@@ -12,7 +12,7 @@ sample quality, generates the synthetic data, trains the agent on it, evaluates,
     python synther_td3bc.py --resume runs/...                      # continue a run that was stopped
 
 The first command ends at a return of a few hundred to a thousand from data of random actions (return -280 or so; an
-untrained actor 0). On two CPU cores a 6 x 512 denoiser takes 70 steps a second and the agent 250 updates; `--env` alone
+untrained actor 0). On two CPU cores a 6 x 512 denoiser takes 70 steps a second and the agent 300 updates; `--env` alone
 runs at the paper's size, which wants a GPU.
 
 Sections: arguments | data | environment and scores | networks | agent | experiment.
@@ -549,7 +549,6 @@ class TD3BC:
         policy_actions = self.actor(observations)
         q = self.critic(torch.cat([observations, policy_actions], dim=1), only_first=True)
         loss = F.mse_loss(policy_actions, actions) - self.args.alpha * q.mean() / q.abs().mean().detach()
-        self.actor_optimizer.zero_grad(set_to_none=True)
         grads = torch.autograd.grad(loss, list(self.actor.parameters()))  # none for the critic
         for parameter, grad in zip(self.actor.parameters(), grads):
             parameter.grad = grad
@@ -769,10 +768,8 @@ def main(args):
     # --- Transitions to learn from: rows [s, a, r, s', d] ---
     real = edm.pack(**data)
     del data
-    obs_mean, obs_std = (
-        real[:, :obs_dim].mean(0),
-        real[:, :obs_dim].std(0, unbiased=False) + 1e-3,
-    )  # always of real data
+    observations = real[:, :obs_dim]  # the statistics are always those of the real data
+    obs_mean, obs_std = observations.mean(0), observations.std(0, unbiased=False) + 1e-3
     if args.data == "real":
         rows = real
     else:
@@ -782,7 +779,7 @@ def main(args):
                 raise edm.RunError(f"--data mixed needs {len(real)} synthetic transitions, and there are {len(rows)}")
             rows = torch.cat([real, rows[: len(real)]])
     print(f"the agent learns from {len(rows):,} transitions ({args.data}); {len(real):,} are real in the dataset")
-    del real
+    del real, observations
     for part in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # s and s', in place
         part.sub_(obs_mean).div_(obs_std)
     rows = rows.to(device)

@@ -865,3 +865,10 @@ def test_bad_command_ends_in_one_sentence(tmp_path, options):
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and "Traceback" not in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert (tmp_path / "old.npz").read_text() == (tmp_path / "old_model.pt").read_text() == "precious"
+
+
+def test_fast_matmul_keeps_float32_accuracy():
+    """Whatever library the import chose: products are not rounded to bfloat16, which would err by 1e-3."""
+    x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
+    exact = x.double() @ w.double()
+    assert (x @ w - exact).abs().max() < 1e-5 * exact.abs().max()

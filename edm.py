@@ -129,7 +129,10 @@ class EDM(nn.Module):
 
     def __init__(self, dim, width=1024, depth=6, cond_dim=0, time_dim=128, rff_dim=16, residual=True, sigma_data=1.0):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = dict(
+            dim=dim, width=width, depth=depth, cond_dim=cond_dim, time_dim=time_dim, rff_dim=rff_dim,
+            residual=residual, sigma_data=sigma_data,
+        )  # fmt: skip
         self.dim, self.sigma_data = dim, sigma_data
         self.denoiser = Denoiser(dim, width, depth, cond_dim, time_dim, rff_dim, residual)
         self.register_buffer("mean", torch.zeros(dim))
@@ -266,9 +269,11 @@ def epoch_batches(num_rows, batch_size, seed, step=0, device="cpu"):
 
     Each row comes exactly once per epoch. A batch may span two epochs; the official code makes it shorter instead.
     """
-    shuffle = lambda epoch: torch.randperm(  # noqa: E731
-        num_rows, generator=torch.Generator(device).manual_seed(seed * 1_000_003 + epoch), device=device
-    )
+
+    def shuffle(epoch):
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+        return torch.randperm(num_rows, generator=generator, device=device)
+
     epoch, start = divmod(step * batch_size, num_rows)
     line = shuffle(epoch)
     while True:
@@ -400,7 +405,7 @@ def train_edm(
             loss_sum, last_log = saved["loss_sum"], saved["last_log"]
 
         def step():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=device.type == "cuda")  # on a CPU, fresh memory costs a tenth of the step
             loss = model.loss(x[batch], None if cond is None else cond[batch])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)

@@ -642,7 +642,10 @@ def make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, lo
             raise edm.RunError(
                 f"{path} has {sizes} observation and action dimensions, the dataset {(obs_dim, act_dim)}"
             )
-        return edm.pack(**data)
+        rows = edm.pack(**data)
+        if args.synthetic_path and args.terminals == "classifier":
+            edm.relabel_terminals(rows, real, seed=args.diffusion_seed)
+        return rows
     if (run_dir / "diffusion.pt").exists():
         model = edm.load_edm(run_dir / "diffusion.pt", device)
     else:

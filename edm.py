@@ -336,6 +336,8 @@ def train_edm(
     time_dim=128,
     skip=(),
     cond=None,
+    init=None,
+    patience=None,
     seed=0,
     device=None,
     compile="auto",
@@ -356,6 +358,9 @@ def train_edm(
         width, depth, residual, time_dim: the Denoiser's.
         skip: columns that are not standardised.
         cond: optional condition [num_rows, cond_dim].
+        init: a model of the same size whose weights to start from; the normaliser is that of `data` in any case.
+        patience: stop early, once the loss of the average on 5% of the rows, held out for it, has had no new minimum
+            for this many thousands of steps. The paper has no such thing; Appendix D.2 expects it to save much.
         seed: of the weights, noise and batches. The caller's random state is left as it was.
         device: None takes a GPU if there is one.
         compile: "off" runs every step eagerly; otherwise a CUDA device replays a graph.
@@ -372,6 +377,8 @@ def train_edm(
         torch.manual_seed(seed)
         cond_dim = 0 if cond is None else cond.shape[1]
         model = EDM(data.shape[1], width, depth, cond_dim, time_dim, residual=residual).to(device)
+        if init is not None:
+            model.load_state_dict(init.state_dict())
         model.fit_normalizer(data, skip)
         ema = copy.deepcopy(model).requires_grad_(False)
         params = list(model.parameters())
@@ -380,8 +387,9 @@ def train_edm(
             params, current_lr, betas=(0.9, 0.99), fused=True, capturable=device.type == "cuda"
         )
 
-        start = 0
+        start, best_loss, best_step = 0, math.inf, 0
         settings = dict(model.config, rows=len(data), steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+        settings["patience"] = patience
         if checkpoint_path and os.path.exists(checkpoint_path):
             saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
             if different := [k for k in settings if settings[k] != saved["settings"].get(k)]:
@@ -395,10 +403,15 @@ def train_edm(
             optimizer.load_state_dict(saved["optimizer"])
             optimizer.param_groups[0]["lr"] = current_lr
             set_rng_state(saved["rng"], device)
-            start = saved["step"]
+            start, best_loss, best_step = saved["step"], saved["best_loss"], saved["best_step"]
 
         x = model.normalize(data.to(device))
         cond = None if cond is None else cond.to(device)
+        if patience:
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(device)
+            held_out, order = order[: len(x) // 20], order[len(x) // 20 :]
+            x_held_out, cond_held_out = x[held_out], None if cond is None else cond[held_out]
+            x, cond = x[order], None if cond is None else cond[order]
         batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
         loss_sum, last_log = torch.zeros((), device=device), start
         if start:
@@ -416,7 +429,8 @@ def train_edm(
         batches = epoch_batches(len(x), batch_size, seed, start, device)
         bar = tqdm(range(start, steps), "diffusion", initial=start, total=steps, disable=not progress, **BAR)
         last_time, last_timed = time.time(), start
-        for i in bar:
+        stop = patience and start - best_step >= 1000 * patience  # the checkpoint of a run that had stopped
+        for i in bar if not stop else ():
             batch.copy_(next(batches))
             if device.type == "cuda":
                 current_lr.fill_(cosine_lr(lr, i, steps))
@@ -426,31 +440,50 @@ def train_edm(
             if i % 10 == 0:
                 torch._foreach_lerp_(list(ema.parameters()), params, 1 - ema_decay(i))
             done = i + 1
-            if done % log_every == 0 or done == steps:
+            if patience and done % 1000 == 0:
+                held_out_loss = held_out_error(ema, x_held_out, cond_held_out)
+                if held_out_loss < best_loss:
+                    best_loss, best_step = held_out_loss, done
+                stop = done - best_step >= 1000 * patience
+            if done % log_every == 0 or done == steps or stop:
                 loss = loss_sum.item() / (done - last_log)  # the only wait for the device
                 if not math.isfinite(loss):
                     raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
                 bar.set_postfix(loss=f"{loss:.3f}")
                 rate = (done - last_timed) / (time.time() - last_time)
                 if on_log:
-                    on_log(done, {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate})
+                    values = {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate}
+                    on_log(done, values | ({"diffusion/held_out_loss": best_loss} if patience else {}))
                 loss_sum.zero_()
                 trim_memory()
                 last_log, last_timed, last_time = done, done, time.time()
-            if checkpoint_path and (done % checkpoint_every == 0 or done == steps):
+            if checkpoint_path and (done % checkpoint_every == 0 or done == steps or stop):
                 state = {
                     "stage": "diffusion",
                     "settings": settings,
                     "step": done,
                     "loss_sum": loss_sum,
                     "last_log": last_log,
+                    "best_loss": best_loss,
+                    "best_step": best_step,
                     "model": model.state_dict(),
                     "ema": ema.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "rng": get_rng_state(device),
                 }
                 save_atomically(checkpoint_path, lambda f: torch.save(state, f))
+            if stop:
+                break
+        bar.close()
     return ema
+
+
+@torch.no_grad()
+def held_out_error(model, x, cond=None, draws=4):
+    """The loss of normalised rows, with the same noise at every call, so that small changes show."""
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return sum(model.loss(x, cond).item() for _ in range(draws)) / draws
 
 
 def get_rng_state(device):

@@ -107,7 +107,8 @@ class Args:
     sample_steps: Optional[int] = None
     """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
     num_samples: Optional[int] = None
-    """transitions to generate, or to take from --synthetic-path (paper: 5,000,000, Appendix C.1; quickstart: 200,000)"""
+    """transitions to generate, or to take from --synthetic-path (paper: 5,000,000, Appendix C.1; quickstart:
+    200,000)"""
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
     clip_actions: bool = False
@@ -412,12 +413,13 @@ REFERENCE_SCORES = {
     "HalfCheetah": (-280.178953, 12135.0),
     "Hopper": (-20.272305, 3234.3),
     "Walker2d": (1.629008, 4592.3),
+    "dmc": (0.0, 1000.0),  # every task of the DeepMind Control suite
 }
 
 
 def normalized_score(env_id, returns):
     """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
-    low, high = REFERENCE_SCORES.get(env_id.split("-")[0], (math.nan, math.nan))
+    low, high = REFERENCE_SCORES.get(re.split("[-/]", env_id)[0], (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
 
@@ -484,23 +486,22 @@ class Actor(nn.Module):
 
 
 class EnsembleCritic(nn.Module):
-    """num_critics independent Q-functions as one batched network: (s, a) [batch, obs_dim + act_dim] -> [num_critics, batch]."""
+    """Independent Q-functions as one batched network: (s, a) [batch, obs_dim + act_dim] -> [num_critics, batch]."""
 
     def __init__(self, in_dim, hidden_dim, hidden_layers, num_critics=2):
         super().__init__()
         sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
         bound = [1 / math.sqrt(fan_in) for fan_in in sizes[:-1]]  # PyTorch's default for a linear layer
-        uniform = lambda b, *shape: nn.Parameter(torch.empty(num_critics, *shape).uniform_(-b, b))  # noqa: E731
-        self.weights = nn.ParameterList([uniform(b, i, o) for b, i, o in zip(bound, sizes, sizes[1:])])
-        self.biases = nn.ParameterList([uniform(b, 1, o) for b, o in zip(bound, sizes[1:])])
+        new = torch.empty
+        weights = [new(num_critics, i, o).uniform_(-b, b) for b, i, o in zip(bound, sizes, sizes[1:])]
+        biases = [new(num_critics, 1, o).uniform_(-b, b) for b, o in zip(bound, sizes[1:])]
+        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
 
-    def forward(self, x, only_first=False):
-        """only_first evaluates the first Q-function alone; the result is [1, batch]."""
-        h = x.expand(1 if only_first else len(self.weights[0]), *x.shape)
+    def forward(self, x, members=slice(None)):
+        """members: a slice or index tensor of the Q-functions to evaluate; all of them if left out."""
+        h = x.expand(len(self.biases[0][members]), *x.shape)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            if only_first:
-                weight, bias = weight[:1], bias[:1]
-            h = torch.baddbmm(bias, F.relu(h) if i else h, weight)
+            h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
         return h.squeeze(-1)
 
 
@@ -520,9 +521,9 @@ class TD3BC:
         self.critic = EnsembleCritic(obs_dim + act_dim, args.hidden_dim, args.hidden_layers).to(device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        graph_ready = dict(lr=args.learning_rate, fused=True, capturable=torch.device(device).type == "cuda")
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **graph_ready)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **graph_ready)
+        adam = dict(lr=args.learning_rate, fused=True, capturable=torch.device(device).type == "cuda")
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
         self.online = [*self.actor.parameters(), *self.critic.parameters()]
         self.target = [*self.actor_target.parameters(), *self.critic_target.parameters()]
 
@@ -547,7 +548,7 @@ class TD3BC:
         """One step of the actor on rows [batch, dim], then of all targets. Returns the loss, a tensor."""
         observations, actions = batch.split(self.sizes, dim=1)[:2]
         policy_actions = self.actor(observations)
-        q = self.critic(torch.cat([observations, policy_actions], dim=1), only_first=True)
+        q = self.critic(torch.cat([observations, policy_actions], dim=1), members=slice(1))
         loss = F.mse_loss(policy_actions, actions) - self.args.alpha * q.mean() / q.abs().mean().detach()
         grads = torch.autograd.grad(loss, list(self.actor.parameters()))  # none for the critic
         for parameter, grad in zip(self.actor.parameters(), grads):
@@ -607,24 +608,69 @@ def load_resumed_args(args):
     return saved
 
 
-def check_args(args):
-    """Raise RunError where a number makes no sense or a choice cannot be had on this machine."""
-    not_negative = ("seed", "diffusion_seed", "eval_episodes", "policy_noise", "noise_clip", "alpha")
+MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "policy_noise", "noise_clip", "alpha")
+
+
+def check_numbers(args):
+    """Raise RunError where a number makes no sense."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name in not_negative and not 0 <= value < math.inf:
+        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if name not in not_negative and not 0 < value < math.inf:
+        if name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("discount", "tau") and value > 1:
-            raise edm.RunError(f"--{name} must be at most 1, not {value}")
+        if name in ("discount", "tau", "synther_ratio") and value > 1:
+            raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
+
+
+def check_args(args):
+    """Raise RunError where an argument makes no sense or a choice cannot be had on this machine."""
+    check_numbers(args)
     if args.subsample is not None and args.subsample > 1 and not float(args.subsample).is_integer():
         raise edm.RunError(f"--subsample must be a fraction up to 1 or a whole number, not {args.subsample}")
     if args.synthetic_path and not Path(args.synthetic_path).is_file():
         raise edm.RunError(f"no such file: {args.synthetic_path}")
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
         raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
+
+
+def start_run(args, start_time):
+    """Make the run folder, or open it again, and write args.json.
+
+    Returns:
+        (folder, function log(step, {key: value}) that adds lines to metrics.csv and, with --track, to wandb).
+    """
+    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
+    run_dir = Path(args.resume or Path(args.out_dir) / run_name)
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    resolved = json.dumps(vars(args) | {"resume": None}, indent=2)
+    edm.save_atomically(run_dir / "args.json", lambda f: f.write(resolved.encode()))
+    print(f"{resolved}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    metrics_path = run_dir / "metrics.csv"
+    lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else ["step,key,value\n"]
+    lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+    edm.save_atomically(metrics_path, lambda f: f.write("".join(lines).encode()))
+    logged = {tuple(line.split(",")[:2]) for line in lines}
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name, config=vars(args),
+            dir=run_dir, resume="allow",
+        )  # fmt: skip
+        wandb.define_metric("*", step_metric="step")
+
+    def log(step, values):
+        # After a resume, the steps since the last checkpoint come again, with the same values: log each once.
+        values = {key: value for key, value in values.items() if (str(step), key) not in logged}
+        logged.update((str(step), key) for key in values)
+        with open(metrics_path, "a") as f:
+            f.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
+        if args.track:
+            wandb.log(values | {"step": step})
+
+    return run_dir, log
 
 
 def make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, log):
@@ -692,23 +738,23 @@ def make_synthetic(args, real, obs_dim, act_dim, max_action, run_dir, device, lo
     return rows
 
 
-def plot_learning_curve(path, env_id, evaluations):
-    """Draw mean and standard deviation over the episodes of each evaluation. Args: [(update, returns), ...]."""
+def plot_learning_curve(path, env_id, evaluations, unit):
+    """Draw mean and standard deviation over the episodes of each evaluation, [(time in units, returns), ...]."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    updates = [update for update, _ in evaluations]
+    times = [t for t, _ in evaluations]
     scores = normalized_score(env_id, np.array([returns for _, returns in evaluations]))
     label = "normalised score"
     if np.isnan(scores).all():
         scores, label = np.array([returns for _, returns in evaluations]), "return"
     mean, std = scores.mean(1), scores.std(1)
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.fill_between(updates, mean - std, mean + std, alpha=0.25, linewidth=0)
-    ax.plot(updates, mean)
-    ax.set(xlabel="updates", ylabel=label, title=path.parent.name)
+    ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
+    ax.plot(times, mean)
+    ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
     edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
     plt.close(fig)
 
@@ -738,35 +784,7 @@ def main(args):
             f"--data mixed needs --num-samples of at least {len(data['rewards'])}, not {args.num_samples}"
         )
 
-    # --- Run folder and log ---
-    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
-    run_dir = Path(args.resume or Path(args.out_dir) / run_name)
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    resolved = json.dumps(vars(args) | {"resume": None}, indent=2)
-    edm.save_atomically(run_dir / "args.json", lambda f: f.write(resolved.encode()))
-    print(f"{resolved}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
-    metrics_path = run_dir / "metrics.csv"
-    lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else ["step,key,value\n"]
-    lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-    edm.save_atomically(metrics_path, lambda f: f.write("".join(lines).encode()))
-    logged = {tuple(line.split(",")[:2]) for line in lines}
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name, config=vars(args),
-            dir=run_dir, resume="allow",
-        )  # fmt: skip
-        wandb.define_metric("*", step_metric="step")
-
-    def log(step, values):
-        # After a resume, the steps since the last checkpoint come again, with the same values: log each once.
-        values = {key: value for key, value in values.items() if (str(step), key) not in logged}
-        logged.update((str(step), key) for key in values)
-        with open(metrics_path, "a") as f:
-            f.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
-        if args.track:
-            wandb.log(values | {"step": step})
+    run_dir, log = start_run(args, start_time)
 
     # --- Transitions to learn from: rows [s, a, r, s', d] ---
     real = edm.pack(**data)
@@ -871,7 +889,7 @@ def main(args):
         updates = np.array([update for update, _ in evaluations])
         final = dict(updates=updates, returns=returns, normalized_scores=scores)
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **final))
-        plot_learning_curve(run_dir / "learning_curve.png", env_id, evaluations)
+        plot_learning_curve(run_dir / "learning_curve.png", env_id, evaluations, "updates")
         best = returns.mean(1).argmax()
         for name, k in (("last", -1), ("best, in hindsight", best)):
             score = f"normalised score {scores[k].mean():.1f} ± {scores[k].std():.1f}, " if scored else ""
@@ -880,8 +898,6 @@ def main(args):
                 f"episodes, after {updates[k]} updates"
             )
     print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
-    if args.track:
-        wandb.finish()
 
 
 if __name__ == "__main__":

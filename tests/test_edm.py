@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import edm
 from edm import EDM, Denoiser, RunError
 
-
 # --- Denoiser ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,29 +1,39 @@
 """Tests of synther_td3bc.py: data, agent and scores against plain code, and whole runs: small, killed and resumed."""
 
 import copy
-import csv
 import http.client
 import io
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import (
+    agent_rows,
+    assert_same_data,
+    assert_same_state,
+    d4rl_rows,
+    flags,
+    read_metrics,
+    separate_critics,
+    snapshot,
+    transitions,
+    wait_and_kill,
+    write_hdf5,
+    write_npz,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,42 +46,6 @@ SCRIPT = Path(synther_td3bc.__file__)
 
 
 # --- Data to test with ------------------------------------------------------------------------------------------------
-
-
-def d4rl_rows(n, seed=0, obs_dim=3, act_dim=2):
-    """The arrays of a D4RL file: every number differs from every other, so that mixed-up rows show."""
-    rng = np.random.default_rng(seed)
-    return {
-        "observations": rng.standard_normal((n, obs_dim)),
-        "actions": rng.uniform(-1, 1, (n, act_dim)),
-        "rewards": rng.standard_normal(n),
-        "next_observations": rng.standard_normal((n, obs_dim)),
-        "terminals": rng.random(n) < 0.1,
-        "timeouts": rng.random(n) < 0.1,
-    }
-
-
-def transitions(n, **options):
-    return {k: x for k, x in d4rl_rows(n, **options).items() if k != "timeouts"}
-
-
-def write_hdf5(path, arrays):
-    with h5py.File(path, "w") as f:
-        for key, x in arrays.items():
-            f[key] = x
-    return str(path)
-
-
-def write_npz(path, arrays):
-    np.savez(path, **arrays)
-    return str(path)
-
-
-def assert_same_data(actual, expected):
-    assert list(actual) == list(TRANSITION_KEYS)
-    for key, x in actual.items():
-        assert x.dtype == (bool if key == "terminals" else np.float32), key
-        np.testing.assert_array_equal(x, np.asarray(expected[key]).astype(x.dtype), err_msg=key)
 
 
 # --- qlearning_dataset ------------------------------------------------------------------------------------------------
@@ -505,21 +479,6 @@ def test_warning_about_mujoco(monkeypatch, version, other_dynamics):
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-def separate_critics(critic):
-    """The Q-functions of an EnsembleCritic as ordinary MLPs with the same weights."""
-    mlps = []
-    for k in range(len(critic.weights[0])):
-        layers = []
-        for weight, bias in zip(critic.weights, critic.biases):
-            linear = nn.Linear(*weight.shape[1:])
-            with torch.no_grad():
-                linear.weight.copy_(weight[k].T)
-                linear.bias.copy_(bias[k, 0])
-            layers += [linear, nn.ReLU()]
-        mlps.append(nn.Sequential(*layers[:-1]))
-    return mlps
-
-
 @pytest.mark.parametrize("num_critics, hidden_layers", [(2, 2), (5, 3)])
 def test_ensemble_equals_separate_critics(float64, num_critics, hidden_layers):
     torch.manual_seed(0)
@@ -543,12 +502,6 @@ def test_network_sizes_and_initial_range():
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
-
-
-def agent_rows(n, obs_dim=3, act_dim=2):
-    rows = torch.randn(n, 2 * obs_dim + act_dim + 2)
-    rows[:, -1] = (rows[:, -1] > 1).to(rows.dtype)
-    return rows
 
 
 def test_td3bc_equals_a_plain_implementation(float64):
@@ -603,10 +556,6 @@ def test_td3bc_equals_a_plain_implementation(float64):
     for ensemble, mlps in ((agent.critic, (q1, q2)), (agent.critic_target, (q1_target, q2_target))):
         for ours, plain in zip(separate_critics(ensemble), mlps):
             assert_same(ours, plain)
-
-
-def snapshot(module):
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
 def test_updates_change_what_they_should():
@@ -733,14 +682,6 @@ def run(out_dir, **options):
     return folder
 
 
-def read_metrics(folder):
-    """{(step, key): value}, and a check that no entry comes twice."""
-    with open(folder / "metrics.csv") as f:
-        rows = [(int(row["step"]), row["key"], float(row["value"])) for row in csv.DictReader(f)]
-    assert len({row[:2] for row in rows}) == len(rows)
-    return {(step, key): value for step, key, value in rows}
-
-
 TINY = dict(
     device="cpu", diffusion_steps=1_000, diffusion_width=32, diffusion_depth=2, diffusion_batch_size=64, num_samples=1_500,
     sample_batch_size=1_000, updates=1_000, hidden_dim=16, batch_size=32, eval_every=500, eval_episodes=2,
@@ -809,20 +750,6 @@ def test_another_agent_on_the_same_synthetic_data(quickstart, tmp_path):
         np.testing.assert_array_equal(again["returns"], first["returns"])  # the same agent, in fact
     checkpoints = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, quickstart)]
     assert_same_state(*checkpoints)
-
-
-def assert_same_state(a, b, where="checkpoint"):
-    """Equality to the last bit of nested dicts, lists, tensors and numbers."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same_state(x, y, f"{where}[{i}]")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 class RecordingAgent(TD3BC):
@@ -943,30 +870,6 @@ def test_diverging_agent_stops_the_run(tmp_path):
         run(tmp_path / "runs", env="Pendulum-v1", dataset_path=path, data="real", **TINY | dict(learning_rate=1e30))
 
 
-class PointEnv(gym.Env):
-    """A point in the square [-1, 1]^2 that moves by a tenth of the action. Reward: minus the distance from the middle.
-
-    An episode ends when the point leaves the square (with a penalty) or after 30 steps.
-    """
-
-    observation_space = gym.spaces.Box(-2, 2, (2,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position = self.np_random.uniform(-0.9, 0.9, 2)
-        return self.position.astype(np.float32), {}
-
-    def step(self, action):
-        self.position = self.position + 0.1 * np.clip(action, -1, 1)
-        outside = bool(np.abs(self.position).max() > 1)
-        reward = -float(np.linalg.norm(self.position)) - outside
-        return self.position.astype(np.float32), reward, outside, False, {}
-
-
-gym.register("Point-v0", PointEnv, max_episode_steps=30)
-
-
 def test_agent_learns_from_synthetic_data(tmp_path):
     """From random data alone, SynthER with TD3+BC comes close to the best policy of a simple task."""
     data = synther_td3bc.collect_random("Point-v0", 5_000)
@@ -991,10 +894,6 @@ def test_agent_learns_from_synthetic_data(tmp_path):
 def command(*options):
     device = [] if "--device" in options else ["--device", "cpu"]
     return [sys.executable, str(SCRIPT), *device, *map(str, options)]
-
-
-def flags(**options):
-    return [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -1067,30 +966,6 @@ def test_bad_command_ends_in_one_sentence(inputs, tmp_path, what):
 # --- Kill and resume --------------------------------------------------------------------------------------------------
 
 
-def wait_and_kill(options, cwd, ready):
-    """Start the script, SIGKILL it as soon as ready(run folder) holds, and return the folder."""
-    known = set((cwd / "runs").glob("*"))
-    with open(cwd / "output.txt", "a") as output:
-        process = subprocess.Popen(command(*options), cwd=cwd, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.time() + 100
-        while True:
-            folders = [Path(options[options.index("--resume") + 1])] if "--resume" in options else (
-                set((cwd / "runs").glob("*")) - known
-            )  # fmt: skip
-            for folder in folders:
-                if ready(folder):
-                    process.send_signal(signal.SIGKILL)
-                    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed: make it longer"
-                    return folder
-            assert process.poll() is None and time.time() < deadline, (cwd / "output.txt").read_text()[-3000:]
-            time.sleep(0.002)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
 def stage(folder):
     """(stage, steps) of the checkpoint."""
     if not (folder / "checkpoint.pt").exists():
@@ -1122,10 +997,10 @@ def test_killed_run_equals_uninterrupted(inputs, tmp_path):
     subprocess.run(command(*options, "--out-dir", "whole"), cwd=tmp_path, capture_output=True, check=True, timeout=200)
     (whole,) = (tmp_path / "whole").iterdir()
 
-    folder = wait_and_kill(options, tmp_path, training_diffusion)
+    folder = wait_and_kill(command(*options), tmp_path, training_diffusion)
     resume = ["--resume", str(folder)]
-    wait_and_kill(resume, tmp_path, sampling)
-    wait_and_kill(resume, tmp_path, training_agent)
+    wait_and_kill(command(*resume), tmp_path, sampling)
+    wait_and_kill(command(*resume), tmp_path, training_agent)
     subprocess.run(command(*resume), cwd=tmp_path, capture_output=True, check=True, timeout=200)
 
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}

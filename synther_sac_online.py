@@ -211,6 +211,7 @@ class DMC(gym.Env):
         return self._flat(time_step.observation), time_step.reward, last and terminal, last and not terminal, {}
 
 
+# Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
 def make_env(env_id):
     """A Gymnasium or DeepMind Control environment that takes actions in [-1, 1].
 
@@ -598,6 +599,7 @@ def start_run(args, start_time):
     return run_dir, log
 
 
+# Differs from synther_td3bc.make_synthetic: many models in one run
 def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
     """Train a diffusion model on the replay buffer, generate transitions and report their quality (Algorithm 1, 6-8).
 
@@ -628,6 +630,7 @@ def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
         device=device,
         compile=args.compile,
         checkpoint_path=run_dir / "diffusion_checkpoint.pt",
+        checkpoint_every=max(args.diffusion_steps // 10, 1),
         on_log=lambda diffusion_step, values: last.update(values, **{"diffusion/steps": diffusion_step}),
     )
     sampling_time = time.time()
@@ -695,11 +698,12 @@ def main(args):
     synthetic = replay[:0]
     losses = torch.zeros(2, device=device)
     obs, _ = env.reset(seed=args.seed)
-    evaluations, start, num_updates = [], 0, 0
+    evaluations, start, num_updates, logged_updates = [], 0, 0, 0
     checkpoint_path = run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
         saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
-        start, num_updates, evaluations, losses = (saved[k] for k in ("step", "num_updates", "evaluations", "losses"))
+        start, num_updates, logged_updates = saved["step"], saved["num_updates"], saved["logged_updates"]
+        evaluations, losses = saved["evaluations"], saved["losses"]
         agent.load_state_dict(saved["agent"])
         replay[: len(saved["replay"])], timeouts[: len(saved["timeouts"])] = saved["replay"], saved["timeouts"].cpu()
         synthetic, obs = saved["synthetic"], saved["obs"].cpu().numpy()
@@ -723,6 +727,7 @@ def main(args):
         state = {
             "step": step,
             "num_updates": num_updates,
+            "logged_updates": logged_updates,
             "seconds": time.time() - start_time,
             "agent": agent.state_dict(),
             "replay": replay[:size],
@@ -750,7 +755,7 @@ def main(args):
     bar = tqdm(range(start, args.total_steps), args.algo, initial=start, total=args.total_steps, **edm.BAR)
     if start == 0 and args.eval_episodes:
         run_evaluation(0)
-    last_time, last_updates = time.time(), num_updates
+    last_time, timed_updates = time.time(), num_updates
     for t in bar:
         size = min(t, capacity)
 
@@ -789,18 +794,18 @@ def main(args):
 
         # --- Log, evaluate, save ---
         step = t + 1
-        if step % args.eval_every == 0 and num_updates > last_updates:
-            updates = num_updates - last_updates
-            critic_loss, actor_loss = (losses / updates).tolist()
+        if step % args.eval_every == 0 and num_updates > logged_updates:
+            critic_loss, actor_loss = (losses / (num_updates - logged_updates)).tolist()
             actor_loss *= args.utd  # which is updated once per environment step
             if not math.isfinite(critic_loss + actor_loss):
                 raise edm.RunError(f"a loss of the agent is no longer finite, before environment step {step}")
             values = {"train/critic_loss": critic_loss, "train/actor_loss": actor_loss}
-            values |= {"train/alpha": agent.alpha.item(), "perf/updates_per_sec": updates / (time.time() - last_time)}
-            log(step, values)
+            rate = (num_updates - timed_updates) / (time.time() - last_time)
+            log(step, values | {"train/alpha": agent.alpha.item(), "perf/updates_per_sec": rate})
             losses.zero_()
             edm.trim_memory()
-            last_time, last_updates = time.time(), num_updates
+            logged_updates = timed_updates = num_updates
+            last_time = time.time()
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_steps):
             pause = time.time()
             run_evaluation(step)

@@ -2,7 +2,8 @@
 
 A script imports nothing of the project but `edm`; what several need stands in each. Such a copy carries a comment right
 above it, `# Copied from synther_td3bc.load_dataset`, and where names must differ, `# Copied from module.name with A->B`
-or `with A->B, C->D`. Here every copy is compared with its source, syntax tree by syntax tree.
+or `with A->B, C->D`. Here every copy is compared with its source, syntax tree by syntax tree. A definition that has to
+differ from its namesake carries `# Differs from module.name: the reason`.
 """
 
 import ast
@@ -14,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("*.py"))
-OWN = {"main", "Args"}  # every script has its own
+OWN = {"main", "Args", "DEFAULTS", "resolve", "check_args"}  # every script has its own
 MARK = re.compile(r"# Copied from (\w+)\.(\w+)(?: with (\S+->\S*(?:, \S+->\S*)*))?")
+DIFFERS = re.compile(r"# Differs from (\w+)\.(\w+): \w.*")
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
@@ -34,7 +36,8 @@ def definitions(path):
 def find_marks(path):
     """[(line number, text of the mark)]: all lines that look like one."""
     lines = path.read_text().splitlines()
-    return [(number, line) for number, line in enumerate(lines, 1) if re.match(r"\s*#\s*copied from", line, re.I)]
+    looks = re.compile(r"\s*#\s*(copied|differs) from", re.I)
+    return [(number, line) for number, line in enumerate(lines, 1) if looks.match(line)]
 
 
 def rename(code, pairs):
@@ -47,10 +50,10 @@ def rename(code, pairs):
 def check_copy(path, number, text):
     """What is wrong with the mark in this line; an empty string if nothing."""
     where = f"{path.name}:{number}"
-    mark = MARK.fullmatch(text)
+    mark = MARK.fullmatch(text) or DIFFERS.fullmatch(text)
     if not mark:
         return f"{where}: cannot read {text!r}"
-    module, name, pairs = mark[1], mark[2], mark[3] or ""
+    module, name = mark[1], mark[2]
     copy = next((node for node, first in definitions(path).values() if first == number + 1), None)
     source_path = path.with_name(f"{module}.py")
     source = definitions(source_path).get(name, (None,))[0] if source_path.exists() else None
@@ -58,6 +61,10 @@ def check_copy(path, number, text):
         return f"{where}: no definition right below the mark"
     if source is None or source_path == path:
         return f"{where}: there is no {module}.{name} to copy from"
+    if mark.re == DIFFERS:
+        same = ast.dump(source) == ast.dump(copy)
+        return f"{where}: {name} does not differ from {module}.{name}" if same else ""
+    pairs = mark[3] or ""
     source_code, copy_code = rename(ast.unparse(source), pairs), ast.unparse(copy)
     if ast.dump(ast.parse(source_code)) == ast.dump(ast.parse(copy_code)):
         return ""
@@ -127,6 +134,10 @@ def load(path):
         ("# Copied from source.store" + SOURCE[17:], "no source.store"),
         ("# Copied from nowhere.load" + SOURCE[17:], "no nowhere.load"),
         ("# copied from source.load:" + SOURCE[17:], "cannot read"),
+        ("# Differs from source.load: a reason" + SOURCE[17:].replace("return path", "return None"), None),
+        ("# Differs from source.load: a reason" + SOURCE[17:], "does not differ"),
+        ("# Differs from source.store: a reason" + SOURCE[17:], "no source.store"),
+        ("# Differs from source.load" + SOURCE[17:].replace("return path", "return None"), "cannot read"),
     ],
 )
 def test_check_of_a_copy(tmp_path, copy, problem):

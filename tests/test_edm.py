@@ -431,6 +431,80 @@ def test_resumed_training_equals_uninterrupted(tmp_path, checkpoint_every):
     }
 
 
+# Few rows and a network that learns them by heart: the loss of rows that it has not seen rises soon
+OVERFIT = dict(width=64, depth=3, batch_size=64, lr=3e-3, steps=20_000, seed=1, progress=False)
+
+
+def train_with_patience(path=None, on_log=None, **options):
+    logged = {}
+
+    def record(step, values):
+        logged[step] = values
+        if on_log:
+            on_log(step)
+
+    model = edm.train_edm(two_modes(60), **OVERFIT | options, checkpoint_path=path, on_log=record)
+    return model, logged
+
+
+def test_patience_stops_when_unseen_rows_get_worse():
+    model, logged = train_with_patience(patience=1)
+    steps, held_out = max(logged), [values["diffusion/held_out_loss"] for values in logged.values()]
+    assert 2_000 <= steps <= 10_000 and steps % 1_000 == 0
+    assert all(a >= b for a, b in zip(held_out, held_out[1:]))  # the best one so far
+    patient, logged = train_with_patience(patience=2)
+    assert max(logged) > steps and not torch.equal(weights(model), weights(patient))
+
+
+def test_held_out_rows_are_not_trained_on():
+    data, seen = two_modes(2_000), []
+    loss = EDM.loss
+
+    def recording_loss(self, x, cond=None):
+        if torch.is_grad_enabled():
+            seen.append(self.unnormalize(x))
+        return loss(self, x, cond)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EDM, "loss", recording_loss)
+        edm.train_edm(data, steps=200, patience=1, **SMALL)
+    assert len(torch.cat(seen).round(decimals=2).unique(dim=0)) == pytest.approx(1_900, abs=5)
+
+
+@pytest.mark.parametrize("kill_at", [1_500, "end"])
+def test_resumed_training_with_patience_equals_uninterrupted(tmp_path, kill_at):
+    expected, log = train_with_patience(patience=1)
+    path = tmp_path / "checkpoint.pt"
+    if kill_at == "end":  # after the last checkpoint, before anything else
+        train_with_patience(path, patience=1)
+    else:
+
+        def kill(step):
+            if step == kill_at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train_with_patience(path, on_log=kill, checkpoint_every=700, patience=1)
+    resumed, resumed_log = train_with_patience(path, checkpoint_every=700, patience=1)
+    assert torch.equal(weights(resumed), weights(expected))
+    assert all(step > 0 and log[step]["diffusion/loss"] == v["diffusion/loss"] for step, v in resumed_log.items())
+    assert (max(resumed_log) == max(log)) if kill_at != "end" else not resumed_log
+
+
+def test_warm_start():
+    """Training goes on from the weights of a model, with the normaliser of the new data."""
+    data = two_modes(500)
+    first = edm.train_edm(data, steps=600, lr=3e-3, seed=0, **SMALL)
+    losses = {}
+    for name, init in (("cold", None), ("warm", first)):
+        record = lambda step, values: losses.setdefault(name, values["diffusion/loss"])  # noqa: E731,B023
+        model = edm.train_edm(
+            data + 1, steps=60, lr=1e-4, init=init, seed=5, log_every=60, on_log=record, **SMALL
+        )  # fmt: skip
+        torch.testing.assert_close(model.mean, data.mean(0) + 1)
+    assert losses["warm"] < 0.75 * losses["cold"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_data_that_are_not_finite_are_refused(bad):
     data = two_modes(50)

@@ -683,8 +683,8 @@ def run(out_dir, **options):
 
 
 TINY = dict(
-    device="cpu", diffusion_steps=1_000, diffusion_width=32, diffusion_depth=2, diffusion_batch_size=64, num_samples=1_500,
-    sample_batch_size=1_000, updates=1_000, hidden_dim=16, batch_size=32, eval_every=500, eval_episodes=2,
+    device="cpu", diffusion_steps=1_000, diffusion_width=32, diffusion_depth=2, diffusion_batch_size=64,
+    num_samples=1_500, sample_batch_size=1_000, updates=1_000, hidden_dim=16, batch_size=32, eval_every=500, eval_episodes=2,
 )  # fmt: skip
 
 
@@ -990,9 +990,9 @@ def training_agent(folder):
 def test_killed_run_equals_uninterrupted(inputs, tmp_path):
     """A run killed while it trains the diffusion model, samples, and trains the agent ends with the same numbers."""
     options = flags(
-        env="Pendulum-v1", dataset_path=inputs / "data.npz", seed=1, diffusion_steps=800, diffusion_width=48, diffusion_depth=2,
-        diffusion_batch_size=64, num_samples=30_500, sample_batch_size=1_000, updates=2_400, hidden_dim=24, batch_size=64,
-        eval_every=300, eval_episodes=2, checkpoint_every=150,
+        env="Pendulum-v1", dataset_path=inputs / "data.npz", seed=1, diffusion_steps=800, diffusion_width=48,
+        diffusion_depth=2, diffusion_batch_size=64, num_samples=30_500, sample_batch_size=1_000, updates=2_400,
+        hidden_dim=24, batch_size=64, eval_every=300, eval_episodes=2, checkpoint_every=150,
     )  # fmt: skip
     subprocess.run(command(*options, "--out-dir", "whole"), cwd=tmp_path, capture_output=True, check=True, timeout=200)
     (whole,) = (tmp_path / "whole").iterdir()

@@ -1,6 +1,6 @@
 """Speed of training, sampling and agent updates on this machine, beside plain references and the matmul limit.
 
-    python tests/bench/bench.py                      # about 3 minutes on a 2-core CPU
+    python tests/bench/bench.py                      # about 4 minutes on a 2-core CPU
     python tests/bench/bench.py --quick              # about a minute, less exact
     python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment, or of --memory ROWS
 
@@ -162,7 +162,7 @@ class PlainEDM(nn.Module):
 
 
 class PlainEMA(nn.Module):
-    """Average of a model as ema-pytorch keeps it: called at every step, counting in a buffer, acting every tenth time."""
+    """Average of a model as ema-pytorch keeps it: called every step, counting in a buffer, acting every 10th time."""
 
     def __init__(self, model):
         super().__init__()
@@ -292,6 +292,83 @@ def plain_td3bc(arrays, device):
         return log
 
     return update
+
+
+class PlainPolicy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(OBS_DIM, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        self.mean, self.log_std = nn.Linear(256, ACT_DIM), nn.Linear(256, ACT_DIM)
+
+    def forward(self, observations):
+        h = self.hidden(observations)
+        mean, std = self.mean(h), torch.exp(torch.clamp(self.log_std(h), -20, 2))
+        normal = torch.distributions.Normal(mean, std)
+        raw = normal.rsample()
+        actions = torch.tanh(raw)
+        log_prob = normal.log_prob(raw) - torch.log(1 - actions.pow(2) + 1e-6)
+        return actions, log_prob.sum(1, keepdim=True)
+
+
+def plain_sac(buffers, num_q, utd, device):
+    """A function that does the updates of one environment step: a network and an optimiser per critic, batches from
+    numpy buffers (of real, and if there are two, of generated rows) at every update, a float of each loss each time.
+    """
+    policy, critics = PlainPolicy().to(device), [PlainCritic().to(device) for _ in range(num_q)]
+    targets = [copy.deepcopy(critic) for critic in critics]
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
+    optimizers = [torch.optim.Adam(critic.parameters(), lr=3e-4) for critic in critics]
+    log_alpha = torch.zeros(1, requires_grad=True, device=device)
+    alpha_optimizer, alpha = torch.optim.Adam([log_alpha], lr=3e-4), 0.2
+    size = BATCH // len(buffers)
+
+    def sample():
+        indices = [np.random.randint(0, len(arrays[0]), size=size) for arrays in buffers]
+        columns = zip(*[[x[index] for x in arrays] for arrays, index in zip(buffers, indices)])
+        return [torch.Tensor(np.concatenate(column)).to(device) for column in columns]
+
+    def step():
+        nonlocal alpha
+        for i in range(utd):
+            observations, actions, rewards, next_observations, terminals = sample()
+            with torch.no_grad():
+                next_actions, next_log_prob = policy(next_observations)
+                chosen = np.random.choice(num_q, 2, replace=False)
+                next_q = torch.cat([targets[k](next_observations, next_actions) for k in chosen], 1)
+                next_q = torch.min(next_q, dim=1, keepdim=True).values - alpha * next_log_prob
+                target = rewards + 0.99 * (1 - terminals) * next_q
+            q = torch.cat([critic(observations, actions) for critic in critics], 1)
+            critic_loss = F.mse_loss(q, target.expand(-1, num_q)) * num_q
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            critic_loss.backward()
+            if i == utd - 1:
+                policy_actions, log_prob = policy(observations)
+                for critic in critics:
+                    critic.requires_grad_(False)
+                q = torch.cat([critic(observations, policy_actions) for critic in critics], 1).mean(1, keepdim=True)
+                policy_loss = (alpha * log_prob - q).mean()
+                policy_optimizer.zero_grad()
+                policy_loss.backward()
+                for critic in critics:
+                    critic.requires_grad_(True)
+                alpha_loss = -(log_alpha * (log_prob - ACT_DIM).detach()).mean()
+                alpha_optimizer.zero_grad()
+                alpha_loss.backward()
+                alpha_optimizer.step()
+                alpha = log_alpha.exp().item()
+                policy_loss.item()
+            for optimizer in optimizers:
+                optimizer.step()
+            if i == utd - 1:
+                policy_optimizer.step()
+            for slow_network, fast_network in zip(targets, critics):
+                for slow, fast in zip(slow_network.parameters(), fast_network.parameters()):
+                    slow.data.mul_(0.995)
+                    slow.data.add_(0.005 * fast.data)
+            critic_loss.item()
+
+    return step
 
 
 # --- Rows of the table ------------------------------------------------------------------------------------------------
@@ -433,6 +510,69 @@ def bench_td3bc(device, repeats, quick):
     return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
 
 
+def bench_sac(device, repeats, quick, algo):
+    """Returns seconds per critic update at 20 updates per environment step: ours, reference, limit."""
+    import synther_sac_online
+
+    args = synther_sac_online.resolve(synther_sac_online.Args(env="HalfCheetah-v4", algo=algo))
+    env_steps = (30 if quick else 200) if device == "cuda" else (3 if quick else 8 if algo == "redq" else 20)
+    rng = np.random.default_rng(0)
+    real = [rng.standard_normal((20_000, size)).astype(np.float32) for size in (OBS_DIM, ACT_DIM, 1, OBS_DIM, 1)]
+    real[-1] = (real[-1] > 3).astype(np.float32)
+    buffers = [real, [np.tile(x, (10, 1)) for x in real]] if algo == "synther" else [real]
+    reference_step = plain_sac(buffers, args.num_q, args.utd, device)
+
+    # As the main of the script does it
+    replay = edm.pack(*[x.squeeze() for x in real]).to(device)
+    synthetic = replay.repeat(10, 1) if algo == "synther" else replay[:0]
+    agent = synther_sac_online.SAC(OBS_DIM, ACT_DIM, args, device)
+    batch = torch.empty(args.batch_size, replay.shape[1], device=device)
+    losses = torch.zeros(2, device=device)
+
+    def critic_step():
+        losses.add_(torch.stack(agent.update(batch, with_actor=False)))
+
+    def last_step():
+        losses.add_(torch.stack(agent.update(batch, with_actor=True)))
+
+    if device == "cuda":
+        critic_step, last_step = edm.cuda_graph(critic_step), edm.cuda_graph(last_step)
+
+    def ours():
+        for _ in range(env_steps):
+            batches = synther_sac_online.sample_batches(
+                replay, synthetic, args.utd, args.batch_size, args.synther_ratio
+            )
+            for i in range(args.utd - 1):
+                batch.copy_(batches[i])
+                critic_step()
+            batch.copy_(batches[-1])
+            last_step()
+
+    def reference():
+        with plain_pytorch():
+            for _ in range(env_steps):
+                reference_step()
+
+    n, b, pair = args.num_q, BATCH, OBS_DIM + ACT_DIM
+    actor = [(b, OBS_DIM, 256), (b, 256, 256), (b, 256, ACT_DIM), (b, 256, ACT_DIM)]
+    pair_of_targets = [(2, b, pair, 256), (2, b, 256, 256), (2, b, 256, 1)]
+    critic_first, critic_rest = [(n, b, pair, 256)], [(n, b, 256, 256), (n, b, 256, 1)]
+    critic_multiply = matmuls(device, forward=actor + pair_of_targets, first=critic_first, backward=critic_rest)
+    through = critic_first + critic_rest  # forward, and backward to their inputs alone
+    back = [(k, rows, outputs, inputs) for k, rows, inputs, outputs in through]
+    actor_multiply = matmuls(device, forward=through + back, first=actor[:1], backward=actor[1:])
+
+    def limit():
+        for _ in range(env_steps):
+            for _ in range(args.utd):
+                critic_multiply()
+            actor_multiply()
+
+    updates = env_steps * args.utd
+    return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
+
+
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -483,7 +623,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
     parser.add_argument("--quick", action="store_true", help="shorter turns")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
-    parser.add_argument("--only", choices=("training", "sampling", "td3bc"), help="one part of the table")
+    parser.add_argument("--only", choices=("training", "sampling", "td3bc", "sac"), help="one part of the table")
     parser.add_argument("--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead")
     args = parser.parse_args()
     if args.memory:
@@ -510,6 +650,9 @@ def main():
         show("sampling, 32 calls (plain: 255)", "us/row", 1e6, equal_quality)
     if args.only in (None, "td3bc"):
         show(f"TD3+BC update, 2 x 256, batch {BATCH}", "us/update", 1e6, bench_td3bc(*options))
+    if args.only in (None, "sac"):
+        show("SAC (SynthER) update, 20 per step", "us/update", 1e6, bench_sac(*options, algo="synther"))
+        show("REDQ update, 20 per step", "us/update", 1e6, bench_sac(*options, algo="redq"))
 
 
 def cpu_name():

@@ -185,10 +185,10 @@ def normalized_score(env_id, returns):
 
 
 class DMC(gym.Env):
-    """A task of the DeepMind Control suite: flat float32 observations in its own order, 1000 steps, never terminal."""
+    """A task of the DeepMind Control suite: flat float32 observations in its own order; 1000 steps, no terminals."""
 
     def __init__(self, domain, task):
-        from dm_control import suite
+        from dm_control import suite  # takes seconds, and nothing else here needs it
 
         self.dm_env = suite.load(domain, task)
         obs_dim = sum(int(np.prod(spec.shape)) for spec in self.dm_env.observation_spec().values())
@@ -740,6 +740,8 @@ def main(args):
             "rng": edm.get_rng_state(device),
         }
         edm.save_atomically(checkpoint_path, lambda f: torch.save(state, f))
+        for name in ("diffusion_checkpoint.pt", "synthetic.partial"):  # what they led to is in the checkpoint
+            (run_dir / name).unlink(missing_ok=True)
 
     def run_evaluation(step):
         actor = copy.deepcopy(agent.actor).cpu()  # ten rows at a time are faster there than on a GPU
@@ -812,8 +814,6 @@ def main(args):
             last_time += time.time() - pause
         if step % args.checkpoint_every == 0 or step == args.total_steps:
             save_checkpoint(step)
-            for name in ("diffusion_checkpoint.pt", "synthetic.partial"):
-                (run_dir / name).unlink(missing_ok=True)
 
     # --- Results ---
     if evaluations:

@@ -299,7 +299,7 @@ def test_batches_are_real_before_the_first_model():
 
 TINY = dict(
     device="cpu", total_steps=260, learning_starts=100, utd=2, hidden_dim=16, batch_size=32, eval_every=100,
-    eval_episodes=1, checkpoint_every=100, retrain_every=120, diffusion_steps=60, diffusion_width=16,
+    eval_episodes=1, checkpoint_every=5_000, retrain_every=120, diffusion_steps=60, diffusion_width=16,
     diffusion_depth=2, num_samples=500,
 )  # fmt: skip
 

@@ -684,7 +684,8 @@ def run(out_dir, **options):
 
 TINY = dict(
     device="cpu", diffusion_steps=1_000, diffusion_width=32, diffusion_depth=2, diffusion_batch_size=64,
-    num_samples=1_500, sample_batch_size=1_000, updates=1_000, hidden_dim=16, batch_size=32, eval_every=500, eval_episodes=2,
+    num_samples=1_500, sample_batch_size=1_000, updates=1_000, hidden_dim=16, batch_size=32, eval_every=500,
+    eval_episodes=2,
 )  # fmt: skip
 
 

@@ -4,8 +4,9 @@
 
 1. CUDA agrees with the CPU: denoiser, sampler and 200 agent updates from the same weights, noise and batches; and CUDA
    graphs agree with eager steps. 2. The table of bench.py. 3. The paper's experiment on Walker2d in full (100,000
-diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates), generated and real, timed. --only picks some of the three;
---quick shrinks the third to try the command; with --device cpu everything but the graphs can be tried without a GPU.
+diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates), generated and real, timed. 4. The online experiment on
+HalfCheetah, 100,000 steps, with all three methods, timed. --only picks one of the four; --quick shrinks the last two to
+try the command; with --device cpu everything but the graphs can be tried without a GPU.
 """
 
 import copy
@@ -33,10 +34,10 @@ class Args:
     """where its run folders go"""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu tries the command"""
-    only: Optional[Literal["agreement", "bench", "experiment"]] = None
+    only: Optional[Literal["agreement", "bench", "experiment", "online"]] = None
     """one part alone"""
     quick: bool = False
-    """tiny sizes in the third part"""
+    """tiny sizes in the last two parts"""
 
 
 def largest_difference(a, b):
@@ -83,6 +84,14 @@ def graph_difference(device):
     return max(largest_difference(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
+def run(script, options, args):
+    """Run a script of the project and print its time."""
+    start = time.time()
+    options = options + ["--device", args.device, "--out-dir", args.out_dir]
+    subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
+    print(f"{script} {' '.join(options)}: {time.time() - start:.0f} s", flush=True)
+
+
 def main(args):
     if args.only in (None, "agreement"):
         call, sample = denoiser_difference(args.device)
@@ -91,15 +100,17 @@ def main(args):
         print(f"graphs against eager steps, 300 diffusion steps: {graph_difference(args.device):.1e}", flush=True)
     if args.only in (None, "bench"):
         subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device], check=True)
+    diffusion = ["--diffusion-steps", "200", "--diffusion-width", "64", "--num-samples", "20000"]
     if args.only in (None, "experiment"):
-        small = ["--diffusion-steps", "200", "--diffusion-width", "64", "--num-samples", "20000", "--updates", "2000"]
+        small = diffusion + ["--updates", "2000"]
         for data in ("synther", "real"):
-            start = time.time()
-            command = [sys.executable, str(ROOT / "synther_td3bc.py"), "--env", "walker2d-medium-replay-v2"]
-            command += ["--data", data, "--device", args.device, "--out-dir", args.out_dir]
-            command += ["--dataset-path", args.data] if args.data else []
-            subprocess.run(command + (small if args.quick else []), check=True)
-            print(f"{data}: {time.time() - start:.0f} s", flush=True)
+            options = ["--env", "walker2d-medium-replay-v2", "--data", data]
+            options += ["--dataset-path", args.data] if args.data else []
+            run("synther_td3bc.py", options + small * args.quick, args)
+    if args.only in (None, "online"):
+        small = diffusion + ["--total-steps", "1500", "--learning-starts", "500", "--retrain-every", "700"]
+        for algo in ("synther", "redq", "sac"):
+            run("synther_sac_online.py", ["--env", "HalfCheetah-v4", "--algo", algo] + small * args.quick, args)
 
 
 if __name__ == "__main__":

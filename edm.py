@@ -774,7 +774,7 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
         dict of arrays: observations, actions, rewards, next_observations (float32) and terminals (bool).
 
     Raises:
-        RunError: true_next_obs asked of a file without `next_observations`.
+        RunError: true_next_obs asked of a file with terminals and without `next_observations`.
     """
     terminals = raw["terminals"].astype(bool)
     if "timeouts" in raw:
@@ -786,10 +786,10 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
             step = 0 if timeouts[i] else 1 if terminal else step + 1
     keep = np.flatnonzero(~timeouts[:-1])
     next_observations = raw["observations"][keep + 1]
-    if true_next_obs:
+    ends = np.flatnonzero(terminals[keep])
+    if true_next_obs and len(ends):
         if "next_observations" not in raw:
             raise RunError("--true-next-obs needs a file with `next_observations`, and this one has none")
-        ends = np.flatnonzero(terminals[keep])
         next_observations[ends] = raw["next_observations"][keep[ends]]
     return {
         "observations": raw["observations"][keep].astype(np.float32),

@@ -328,7 +328,8 @@ def save_dataset(target, env_id, rows, timeouts):
     """Write transitions in the order of their collection, actions in the environment's own units.
 
     Args:
-        target: an .hdf5 file, in D4RL's layout with the true s' as next_observations, or a Minari id.
+        target: an .hdf5 file in D4RL's layout, or a Minari id. If rows are terminal, the file holds the true s' as
+            next_observations; otherwise it needs none, since s' is the s of the next row.
         rows: [N, dim] of `edm.pack`.
         timeouts: bool tensor [N], where an episode ended by its time limit. The last row counts as one.
     """
@@ -339,10 +340,11 @@ def save_dataset(target, env_id, rows, timeouts):
     timeouts = timeouts.numpy() & ~data["terminals"]
     timeouts[-1] = not data["terminals"][-1]
     if target.endswith((".hdf5", ".h5")):
+        kept = [key for key in data if key != "next_observations" or data["terminals"].any()]
 
         def write(f):
             with h5py.File(f, "w") as file:
-                for key, x in (data | {"timeouts": timeouts}).items():
+                for key, x in ({key: data[key] for key in kept} | {"timeouts": timeouts}).items():
                     file.create_dataset(key, data=x, compression="gzip", compression_opts=9, shuffle=True)
 
         edm.save_atomically(target, write)

@@ -125,10 +125,14 @@ def test_step_counter_starts_again_after_terminals_and_timeouts():
 
 
 def test_true_next_obs_needs_next_observations():
-    raw = numbered_rows(8, timeouts=[])
+    raw = numbered_rows(8, terminals=[4], timeouts=[])
     del raw["next_observations"]
     with pytest.raises(RunError, match="next_observations"):
         synther_td3bc.qlearning_dataset(raw, true_next_obs=True)
+    raw["terminals"][:] = False  # now every s' is in the next row
+    assert synther_td3bc.qlearning_dataset(raw, true_next_obs=True)["next_observations"][:, 0].tolist() == list(
+        range(1, 8)
+    )
 
 
 # --- load_transitions -------------------------------------------------------------------------------------------------

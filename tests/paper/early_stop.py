@@ -1,0 +1,76 @@
+"""What stopping the diffusion model early saves and costs (Appendix D.2 expects a large saving).
+
+    python tests/paper/early_stop.py --data FILE.hdf5 --env HalfCheetah-v4
+
+For the first N rows of a replay buffer, as the online script meets them: a model trained to the end of its schedule, and
+models that stop once the loss of held-out rows has had no new minimum for some thousands of steps.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+import edm
+from dynamics import dynamics_scores
+
+
+@dataclass
+class Args:
+    data: str
+    """replay buffer as D4RL-layout HDF5, in the order of its collection (--save-dataset of synther_sac_online.py)"""
+    env: str = "HalfCheetah-v4"
+    """simulator"""
+    rows: tuple[int, ...] = (10_000, 30_000)
+    """sizes of the buffer"""
+    patience: tuple[int, ...] = (2, 5)
+    """thousands of steps without a new minimum"""
+    diffusion_steps: int = 30_000
+    """length of the schedule"""
+    diffusion_width: int = 256
+    """units per block of the denoiser"""
+    diffusion_lr: float = 1e-3
+    """initial learning rate"""
+    num_samples: int = 50_000
+    """rows to generate for the scores"""
+    true_next_obs: bool = False
+    """take s' of terminal rows from the file's next_observations"""
+
+
+def main(args):
+    data = edm.load_transitions(args.data, args.true_next_obs)
+    obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+    buffer = edm.pack(**data)
+    print("| rows | patience | steps | seconds | marginal | correlation | dynamics error | nearest / real |")
+    print("|---|---|---|---|---|---|---|---|")
+    for num_rows in args.rows:
+        real = buffer[:num_rows]
+        for patience in (None, *args.patience):
+            start, last_step = time.time(), 0
+
+            def on_log(step, values):
+                nonlocal last_step
+                last_step = step
+
+            model = edm.train_edm(
+                real, steps=args.diffusion_steps, width=args.diffusion_width, lr=args.diffusion_lr, time_dim=256,
+                skip=[real.shape[1] - 1], patience=patience, on_log=on_log,
+            )  # fmt: skip
+            seconds = time.time() - start
+            rows = edm.generate(model, args.num_samples)
+            rows[:, -1] = rows[:, -1] > 0.5
+            report = edm.quality_report(real, rows)
+            dynamics = dynamics_scores(args.env, edm.unpack(rows[:5_000], obs_dim, act_dim))["dynamics"]
+            print(
+                f"| {num_rows} | {patience or 'to the end'} | {last_step} | {seconds:.0f} | {report['marginal']:.3f} "
+                f"| {report['correlation']:.4f} | {dynamics:.2g} | {report['nearest']:.2f} / {report['nearest_real']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -2,8 +2,8 @@
 
     python tests/paper/early_stop.py --data FILE.hdf5 --env HalfCheetah-v4
 
-For the first N rows of a replay buffer, as the online script meets them: a model trained to the end of its schedule, and
-models that stop once the loss of held-out rows has had no new minimum for some thousands of steps.
+For the first N rows of a replay buffer, as the online script meets them: a model trained to the end of its schedule,
+and models that stop once the loss of held-out rows has had no new minimum for some thousands of steps.
 """
 
 import sys
@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
@@ -65,9 +64,10 @@ def main(args):
             rows[:, -1] = rows[:, -1] > 0.5
             report = edm.quality_report(real, rows)
             dynamics = dynamics_scores(args.env, edm.unpack(rows[:5_000], obs_dim, act_dim))["dynamics"]
+            nearest = f"{report['nearest']:.2f} / {report['nearest_real']:.2f}"
             print(
                 f"| {num_rows} | {patience or 'to the end'} | {last_step} | {seconds:.0f} | {report['marginal']:.3f} "
-                f"| {report['correlation']:.4f} | {dynamics:.2g} | {report['nearest']:.2f} / {report['nearest_real']:.2f} |",
+                f"| {report['correlation']:.4f} | {dynamics:.2g} | {nearest} |",
                 flush=True,
             )
 

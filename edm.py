@@ -182,7 +182,7 @@ def save_edm(path, model):
 
 def load_edm(path, device="cpu"):
     """The model in a file of `save_edm` (`diffusion.pt` of a run folder)."""
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved = load_file(path, device)
     model = EDM(**saved["config"]).to(device)
     model.load_state_dict(saved["state"])
     return model.requires_grad_(False)
@@ -271,7 +271,7 @@ def epoch_batches(num_rows, batch_size, seed, step=0, device="cpu"):
     """
 
     def shuffle(epoch):
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator(device).manual_seed((seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(num_rows, generator=generator, device=device)
 
     epoch, start = divmod(step * batch_size, num_rows)
@@ -322,6 +322,14 @@ def save_atomically(path, write: Callable):
         temporary.unlink(missing_ok=True)
         error = error if isinstance(error, OSError) else error.__context__ or error
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load_file(path, device="cpu"):
+    """What torch.save wrote. Raises RunError where the file cannot be read."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        raise RunError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
 
 
 def train_edm(
@@ -391,7 +399,7 @@ def train_edm(
         settings = dict(model.config, rows=len(data), steps=steps, batch_size=batch_size, lr=lr, seed=seed)
         settings["patience"] = patience
         if checkpoint_path and os.path.exists(checkpoint_path):
-            saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
+            saved = load_file(checkpoint_path, device)
             if different := [k for k in settings if settings[k] != saved["settings"].get(k)]:
                 raise RunError(
                     f"{checkpoint_path} is of a run with another {', '.join(different)}; delete it to start over"
@@ -404,18 +412,20 @@ def train_edm(
             optimizer.param_groups[0]["lr"] = current_lr
             set_rng_state(saved["rng"], device)
             start, best_loss, best_step = saved["step"], saved["best_loss"], saved["best_step"]
+            if on_log and saved["logged"]:  # the caller may not have come to write it down
+                on_log(saved["last_log"], saved["logged"])
 
         x = model.normalize(data.to(device))
         cond = None if cond is None else cond.to(device)
         if patience:
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(device)
-            held_out, order = order[: len(x) // 20], order[len(x) // 20 :]
+            held_out, order = order.tensor_split([max(len(x) // 20, 1)])
             x_held_out, cond_held_out = x[held_out], None if cond is None else cond[held_out]
             x, cond = x[order], None if cond is None else cond[order]
         batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        loss_sum, last_log = torch.zeros((), device=device), start
+        loss_sum, last_log, logged = torch.zeros((), device=device), start, {}
         if start:
-            loss_sum, last_log = saved["loss_sum"], saved["last_log"]
+            loss_sum, last_log, logged = saved["loss_sum"], saved["last_log"], saved["logged"]
 
         def step():
             optimizer.zero_grad(set_to_none=device.type == "cuda")  # on a CPU, fresh memory costs a tenth of the step
@@ -451,9 +461,11 @@ def train_edm(
                     raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
                 bar.set_postfix(loss=f"{loss:.3f}")
                 rate = (done - last_timed) / (time.time() - last_time)
+                logged = {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate}
+                if patience:
+                    logged["diffusion/held_out_loss"] = best_loss
                 if on_log:
-                    values = {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate}
-                    on_log(done, values | ({"diffusion/held_out_loss": best_loss} if patience else {}))
+                    on_log(done, logged)
                 loss_sum.zero_()
                 trim_memory()
                 last_log, last_timed, last_time = done, done, time.time()
@@ -464,6 +476,7 @@ def train_edm(
                     "step": done,
                     "loss_sum": loss_sum,
                     "last_log": last_log,
+                    "logged": logged,
                     "best_loss": best_loss,
                     "best_step": best_step,
                     "model": model.state_dict(),
@@ -492,8 +505,11 @@ def get_rng_state(device):
 
 
 def set_rng_state(state, device):
-    """Undo `get_rng_state`."""
-    torch.cuda.set_rng_state(state.cpu(), device) if device.type == "cuda" else torch.set_rng_state(state.cpu())
+    """Undo `get_rng_state`. Raises RunError for the state of another kind of device."""
+    try:
+        torch.cuda.set_rng_state(state.cpu(), device) if device.type == "cuda" else torch.set_rng_state(state.cpu())
+    except (RuntimeError, TypeError):
+        raise RunError("a run that began on a CPU cannot go on on a GPU, nor the other way round") from None
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -557,7 +573,9 @@ def generate(
     for start in range(done, num_samples, batch_size):
         size = min(batch_size, num_samples - start)
         batch_cond = None if cond is None else cond[start : start + size].to(device)
-        generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + start)  # a stream of its own per batch
+        generator = torch.Generator(device).manual_seed(
+            (seed * 1_000_000_007 + start) % 2**63
+        )  # a stream of its own per batch
         x = sigmas[0].item() * torch.randn(size, edm.dim, generator=generator, device=device)
         stochastic = {"generator": generator} if sampler == "sde" else {}
         x = sample(lambda x, sigma: edm(x, sigma, batch_cond), x, sigmas, **stochastic)

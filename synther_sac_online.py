@@ -13,8 +13,8 @@ half of every batch comes from its samples: that is all that changes, and lets S
     python synther_sac_online.py --env Hopper-v4 --algo sac --total-steps 50000 --save-dataset hopper.hdf5
     python synther_sac_online.py --resume runs/...                            # continue a run that was stopped
 
-On two CPU cores an update takes about 3 ms, so 1,000 environment steps at 20 updates each a minute; a diffusion model
-of the paper's size takes an hour there, one of 6 x 256 and 5,000 steps a minute (see the README).
+On two CPU cores an update takes about 3 ms, and 1,000 environment steps with 20 updates each about a minute. A
+diffusion model of the paper's size takes an hour to train there, one of 6 x 256 and 5,000 steps half a minute.
 
 Sections: arguments | environment and scores | replay buffer | networks | agent | experiment.
 """
@@ -76,17 +76,18 @@ class Args:
     total_steps: Optional[int] = None
     """environment steps (paper: 200,000 on DeepMind Control, 100,000 else; Pendulum: 3,000)"""
     learning_starts: Optional[int] = None
-    """environment steps with random actions and without updates (paper: 5,000; Pendulum: 500)"""
+    """first environment step with updates; actions are random up to it (paper: 5,000; Pendulum: 500)"""
     eval_every: Optional[int] = None
-    """environment steps between evaluations (paper: 1,000; Pendulum: 250)"""
+    """environment steps between evaluations, and between logged losses (paper: 1,000; Pendulum: 250)"""
     eval_episodes: int = 10
     """episodes per evaluation, with the mean action (paper: 10); 0 skips evaluation"""
     checkpoint_every: Optional[int] = None
     """environment steps between checkpoints (default: 5,000; Pendulum: 500)"""
     save_dataset: Optional[str] = None
-    """write the replay buffer at the end: a file.hdf5 in D4RL's layout, or a Minari id such as hopper/sac-v0"""
+    """write the replay buffer at the end: a file.hdf5 in D4RL's layout, or a Minari id such as hopper/sac-v0; can be
+    given with --resume too, for a run that has ended"""
 
-    # the agent (FIDELITY to REDQ's code, which the paper builds on)
+    # the agent (REDQ's code, which the paper builds on)
     utd: Optional[int] = None
     """updates of the critics per environment step (paper: 20; sac 1)"""
     num_q: Optional[int] = None
@@ -103,6 +104,8 @@ class Args:
     """discount factor gamma (paper: 0.99)"""
     tau: float = 0.005
     """rate of the target networks' moving average (paper: 0.005)"""
+    target_entropy: Optional[float] = None
+    """entropy that the temperature is tuned to (default: minus the dimension of the actions, as in SynthER's code)"""
 
     # the diffusion model, with --algo synther
     synther_ratio: float = 0.5
@@ -136,7 +139,8 @@ class Args:
     """transitions generated at a time (default 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
 
 
-# The paper's values, by a pattern of the environment's id: every pattern that matches adds to those before it.
+# The paper's values, and small ones for Pendulum, by a pattern of the environment's id: each that matches adds to those
+# before it.
 DEFAULTS = {
     r".*": dict(
         total_steps=100_000, learning_starts=5_000, eval_every=1_000, checkpoint_every=5_000, retrain_every=10_000,
@@ -207,8 +211,7 @@ class DMC(gym.Env):
 
     def step(self, action):
         time_step = self.dm_env.step(action)
-        last, terminal = time_step.last(), time_step.discount == 0.0
-        return self._flat(time_step.observation), time_step.reward, last and terminal, last and not terminal, {}
+        return self._flat(time_step.observation), time_step.reward, False, time_step.last(), {}
 
 
 # Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
@@ -224,10 +227,11 @@ def make_env(env_id):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # gymnasium announces v5 with every v4
             if env_id.startswith("dmc/"):
-                env = DMC(*env_id.removeprefix("dmc/").split("-", 1))
+                domain, _, task = env_id.removeprefix("dmc/").partition("-")
+                env = DMC(domain, task)
             else:
                 env = gym.make(env_id, disable_env_checker=True)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         raise edm.RunError(f"cannot make the environment {env_id}: {' '.join(str(error).split())}") from None
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -284,6 +288,20 @@ def set_env_state(env, state):
         vars(layer).update(values)
 
 
+def can_restore(env_id):
+    """Whether `get_env_state` catches all there is: true for MuJoCo, DeepMind Control, and most classic tasks."""
+    envs = [make_env(env_id) for _ in range(2)]
+    rng, answers = np.random.default_rng(0), []
+    actions = [rng.uniform(-1, 1, envs[0].action_space.shape).astype(np.float32) for _ in range(4)]
+    for seed, env in enumerate(envs):
+        env.reset(seed=seed)
+        env.step(actions[seed])
+    set_env_state(envs[1], get_env_state(envs[0]))
+    for env in envs:
+        answers.append(np.concatenate([env.step(action)[0] for action in actions] + [env.reset()[0]]))
+    return np.array_equal(*answers)
+
+
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
 # A tensor of rows [s, a, r, s', d] on the device, oldest overwritten first. Time limits are not terminals.
 
@@ -304,28 +322,24 @@ def sample_batches(replay, synthetic, num_batches, batch_size, ratio):
     return torch.cat([replay[index], synthetic[synthetic_index]], dim=1)
 
 
-def check_save_dataset(target):
-    """Raise RunError where --save-dataset could not be written at the end, before the run begins."""
+def dataset_exists(target):
+    """Whether there is a file or local Minari dataset of this name. Raises RunError if it cannot be such a name."""
     if target.endswith((".hdf5", ".h5")):
-        if Path(target).exists():
-            raise edm.RunError(f"{target} exists; give another --save-dataset or move it away")
         if not Path(target).parent.is_dir():
             raise edm.RunError(f"the folder of --save-dataset {target} does not exist")
-        return
+        return Path(target).exists()
     import minari
 
     try:
         minari.dataset.minari_dataset.parse_dataset_id(target)
-    except ValueError:
-        raise edm.RunError(
-            f"--save-dataset must be a file.hdf5 or a Minari id like hopper/sac-v0, not {target}"
-        ) from None
-    if target in minari.list_local_datasets():
-        raise edm.RunError(f"there is a local Minari dataset {target}; give another --save-dataset")
+    except (ValueError, TypeError):
+        message = f"--save-dataset must be a file.hdf5 or a Minari id like hopper/sac-v0, not {target}"
+        raise edm.RunError(message) from None
+    return target in minari.list_local_datasets()
 
 
 def save_dataset(target, env_id, rows, timeouts):
-    """Write transitions in the order of their collection, actions in the environment's own units.
+    """Write transitions of the environment `env_id` in the order of their collection, actions in its own units.
 
     Args:
         target: an .hdf5 file in D4RL's layout, or a Minari id. If rows are terminal, the file holds the true s' as
@@ -374,7 +388,7 @@ def save_dataset(target, env_id, rows, timeouts):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about an author, a description, ...
         env_name = None if env_id.startswith("dmc/") else env_id
-        minari.create_dataset_from_buffers(target, episodes, env=env_name, algorithm_name="SAC", **spaces)
+        minari.create_dataset_from_buffers(target, episodes, env=env_name, **spaces)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -449,7 +463,8 @@ class SAC:
 
     def __init__(self, obs_dim, act_dim, args, device):
         self.sizes = [obs_dim, act_dim, 1, obs_dim, 1]
-        self.args, self.target_entropy = args, -act_dim
+        self.args = args
+        self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
         self.actor = TanhGaussianActor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers)
         self.critic = EnsembleCritic(obs_dim + act_dim, args.hidden_dim, args.hidden_layers, args.num_q)
         xavier_init(self.actor, self.critic)
@@ -461,7 +476,7 @@ class SAC:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], **adam)
-        self.online, self.target = list(self.critic.parameters()), list(self.critic_target.parameters())
+        self.critic_params, self.target_params = list(self.critic.parameters()), list(self.critic_target.parameters())
 
     def update(self, batch, with_actor):
         """One step of all critics on rows [batch, dim], and of actor and temperature if asked; then of the targets.
@@ -496,7 +511,7 @@ class SAC:
             self.alpha.copy_(self.log_alpha.detach().exp())
         self.critic_optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.target, self.online, args.tau)
+            torch._foreach_lerp_(self.target_params, self.critic_params, args.tau)
         return critic_loss.detach(), actor_loss.detach()
 
     def state_dict(self):
@@ -515,9 +530,12 @@ class SAC:
 # --- Experiment -------------------------------------------------------------------------------------------------------
 
 
+MAY_CHANGE = ("resume", "save_dataset")
+
+
 # Copied from synther_td3bc.load_resumed_args
 def load_resumed_args(args):
-    """The arguments saved in the run folder args.resume.
+    """The arguments saved in the run folder args.resume, but for those that MAY_CHANGE.
 
     Raises:
         RunError: it is not a run folder of this script, or an argument given beside --resume contradicts it.
@@ -526,11 +544,15 @@ def load_resumed_args(args):
         saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
+    flags = {text.split("=")[0].lstrip("-").replace("-", "_") for text in sys.argv[1:]}
     for field in dataclasses.fields(Args):
         given, was = getattr(args, field.name), getattr(saved, field.name)
-        if field.name != "resume" and given not in (field.default, was):
+        if given == field.default and field.name not in flags:
+            continue
+        if field.name in MAY_CHANGE:
+            setattr(saved, field.name, given)
+        elif given != was:
             raise edm.RunError(f"{args.resume} was started with {field.name}={was}, not {given}")
-    saved.resume = args.resume
     return saved
 
 
@@ -553,13 +575,20 @@ def check_numbers(args):
 
 def check_args(args):
     """Raise RunError where an argument makes no sense or a choice cannot be had on this machine."""
-    check_numbers(args)
-    if args.num_q is not None and args.num_q < 2:
+    if args.num_q < 2:
         raise edm.RunError(f"--num-q must be at least 2, not {args.num_q}")
-    if args.save_dataset and not args.resume:
-        check_save_dataset(args.save_dataset)
+    if args.learning_starts >= args.total_steps:
+        raise edm.RunError(f"--total-steps {args.total_steps} end before learning starts, at {args.learning_starts}")
+    if args.algo == "synther" and args.retrain_every >= args.total_steps:
+        raise edm.RunError(
+            f"--total-steps {args.total_steps} end before the first diffusion model, at {args.retrain_every}"
+        )
+    if args.save_dataset and dataset_exists(args.save_dataset) and not args.resume:
+        raise edm.RunError(f"{args.save_dataset} exists; give another --save-dataset or move it away")
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
         raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
+    if args.compile == "on" and args.device == "cpu":
+        raise edm.RunError("--compile on needs a GPU, and --device cpu forbids it")
 
 
 # Copied from synther_td3bc.start_run
@@ -605,16 +634,19 @@ def start_run(args, start_time):
 def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
     """Train a diffusion model on the replay buffer, generate transitions and report their quality (Algorithm 1, 6-8).
 
-    A run that is killed in here and resumed goes on where it was: diffusion_checkpoint.pt and synthetic.partial stay
+    A run that is killed in here and resumed goes on where it was: diffusion_checkpoint_* and synthetic_*.partial stay
     until the next checkpoint of the run. On DeepMind Control, where nothing is terminal, d is no part of the model.
 
-    Returns: rows [num_samples, dim] of `edm.pack` on the device, terminals exactly 0 or 1. The model is left in the run
-    folder as diffusion.pt.
+    Returns: rows [num_samples, dim] of `edm.pack` on the device, terminals exactly 0 or 1. They are left in the run
+    folder as synthetic.npz, the model as diffusion.pt, the histograms as marginals.png.
     """
     real = replay.cpu()
-    modelled = real[:, :-1] if args.env.startswith("dmc/") else real
     terminal, reward = real.shape[1] - 1, obs_dim + act_dim
-    skip = [terminal] * (modelled is real) + [reward] * (not args.normalize_reward)
+    modelled, skip = real, [terminal]
+    if args.env.startswith("dmc/"):
+        modelled, skip = real[:, :terminal], []
+    if not args.normalize_reward:
+        skip.append(reward)
     previous, last = run_dir / "diffusion.pt", {}
     start_time = time.time()
     model = edm.train_edm(
@@ -631,7 +663,7 @@ def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
         seed=args.seed * 1_000_003 + step,
         device=device,
         compile=args.compile,
-        checkpoint_path=run_dir / "diffusion_checkpoint.pt",
+        checkpoint_path=run_dir / f"diffusion_checkpoint_{step}.pt",
         checkpoint_every=max(args.diffusion_steps // 10, 1),
         on_log=lambda diffusion_step, values: last.update(values, **{"diffusion/steps": diffusion_step}),
     )
@@ -645,7 +677,7 @@ def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
         sample_steps=args.sample_steps,
         batch_size=args.sample_batch_size,
         seed=args.seed * 1_000_003 + step,
-        partial_path=run_dir / "synthetic.partial",
+        partial_path=run_dir / f"synthetic_{step}.partial",
     )
     log(step, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
     rows[:, -1] = rows[:, -1] > 0.5  # the official code leaves raw numbers here
@@ -655,6 +687,7 @@ def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
         raise edm.RunError(f"{report['nonfinite']:.1%} of the generated transitions hold NaN or Inf")
     edm.save_edm(run_dir / "diffusion.pt", model)
     edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
+    edm.save_atomically(run_dir / "synthetic.npz", lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
     return rows.to(device)
 
 
@@ -684,9 +717,12 @@ def main(args):
     start_time = time.time()
     if args.resume:
         args = load_resumed_args(args)
-    check_args(args)
+    check_numbers(args)
     resolve(args)
+    check_args(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.save_dataset and args.save_dataset.endswith((".hdf5", ".h5")):  # so that a run can be resumed from anywhere
+        args.save_dataset = str(Path(args.save_dataset).resolve())
     env, envs = make_env(args.env), [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     run_dir, log = start_run(args, start_time)
@@ -702,16 +738,26 @@ def main(args):
     obs, _ = env.reset(seed=args.seed)
     evaluations, start, num_updates, logged_updates = [], 0, 0, 0
     checkpoint_path = run_dir / "checkpoint.pt"
+    restorable = can_restore(args.env)
+    if not restorable:
+        print(f"the state of {args.env} cannot be saved: a resumed run would begin a new episode")
     if checkpoint_path.exists():
-        saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        saved = edm.load_file(checkpoint_path, device)
         start, num_updates, logged_updates = saved["step"], saved["num_updates"], saved["logged_updates"]
         evaluations, losses = saved["evaluations"], saved["losses"]
         agent.load_state_dict(saved["agent"])
         replay[: len(saved["replay"])], timeouts[: len(saved["timeouts"])] = saved["replay"], saved["timeouts"].cpu()
-        synthetic, obs = saved["synthetic"], saved["obs"].cpu().numpy()
-        set_env_state(env, saved["env"].cpu().numpy().tobytes())
         edm.set_rng_state(saved["rng"], device)
         start_time -= saved["seconds"]
+        if restorable:
+            obs = saved["obs"].cpu().numpy()
+            set_env_state(env, saved["env"].cpu().numpy().tobytes())
+        else:
+            timeouts[(start - 1) % capacity] = True
+        if args.algo == "synther" and start > args.retrain_every:  # otherwise a model is due, or none was yet
+            with np.load(run_dir / "synthetic.npz") as f:
+                synthetic = edm.pack(**f).to(device)
+        del saved
 
     batch = torch.empty(args.batch_size, replay.shape[1], device=device)
 
@@ -732,9 +778,8 @@ def main(args):
             "logged_updates": logged_updates,
             "seconds": time.time() - start_time,
             "agent": agent.state_dict(),
-            "replay": replay[:size],
-            "timeouts": timeouts[:size],
-            "synthetic": synthetic,
+            "replay": replay[:size].clone(),  # a slice would be saved with all that it is a slice of
+            "timeouts": timeouts[:size].clone(),
             "obs": torch.as_tensor(obs),
             "env": torch.frombuffer(bytearray(get_env_state(env)), dtype=torch.uint8),
             "losses": losses,
@@ -742,8 +787,9 @@ def main(args):
             "rng": edm.get_rng_state(device),
         }
         edm.save_atomically(checkpoint_path, lambda f: torch.save(state, f))
-        for name in ("diffusion_checkpoint.pt", "synthetic.partial"):  # what they led to is in the checkpoint
-            (run_dir / name).unlink(missing_ok=True)
+        for pattern in ("diffusion_checkpoint_*.pt", "synthetic_*.partial"):  # what they led to is saved
+            for path in run_dir.glob(pattern):
+                path.unlink()
 
     def run_evaluation(step):
         actor = copy.deepcopy(agent.actor).cpu()  # ten rows at a time are faster there than on a GPU
@@ -778,6 +824,8 @@ def main(args):
             else:
                 action = agent.actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])[0][0]
         action = action.cpu().numpy()
+        if not np.isfinite(action).all():
+            raise edm.RunError(f"the agent's action is no longer finite at environment step {t}")
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
         replay[t % capacity] = torch.from_numpy(row).to(device)
@@ -832,7 +880,9 @@ def main(args):
                 f"{name}: {score}return {returns[k].mean():.0f} ± {returns[k].std():.0f} over {args.eval_episodes} "
                 f"episodes, after {steps[k]} environment steps"
             )
-    if args.save_dataset:
+    if args.save_dataset and dataset_exists(args.save_dataset):
+        print(f"{args.save_dataset} exists, and is left as it is")
+    elif args.save_dataset:
         oldest = args.total_steps % capacity  # where the next row would be written
         order = torch.arange(oldest, oldest + capacity) % capacity
         save_dataset(args.save_dataset, args.env, replay.cpu()[order], timeouts[order])

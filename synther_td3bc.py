@@ -177,6 +177,8 @@ def resolve(args, num_rows):
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 
+# The first 30,000 steps of `synther_sac_online.py --env HalfCheetah-v4 --algo sac`, as its --save-dataset wrote them
+BUNDLED = Path(__file__).parent / "tests/data/halfcheetah_sac.hdf5"
 TRANSITION_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
 
 
@@ -335,21 +337,6 @@ def download_d4rl(name):
     )
 
 
-def collect_random(env_id, num_steps, seed=0):
-    """Transitions of uniformly random actions, so that the quickstart needs no data. Keys as `load_transitions`."""
-    env = make_env(env_id)
-    env.action_space.seed(seed)
-    obs, _ = env.reset(seed=seed)
-    steps = []
-    for _ in range(num_steps):
-        action = env.action_space.sample()
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        steps.append((obs, action, reward, next_obs, terminated))
-        obs = env.reset()[0] if terminated or truncated else next_obs
-    data = {key: np.asarray(x, np.float32) for key, x in zip(TRANSITION_KEYS, zip(*steps))}
-    return data | {"terminals": data["terminals"].astype(bool)}
-
-
 def load_dataset(args):
     """The real transitions that --env and --dataset-path name.
 
@@ -373,8 +360,7 @@ def load_dataset(args):
         data = load_transitions(args.dataset_path, args.true_next_obs)
     elif name == "quickstart":
         env_id = "HalfCheetah-v4"
-        print("collecting 30,000 transitions of random actions in HalfCheetah-v4")
-        data = collect_random(env_id, 30_000)
+        data = load_transitions(BUNDLED, args.true_next_obs)
     elif d4rl:
         data = load_transitions(download_d4rl(name), args.true_next_obs)
     elif "/" in name:
@@ -590,8 +576,11 @@ def augment_batch(batch, kind, obs_dim):
 # --- Experiment -------------------------------------------------------------------------------------------------------
 
 
+MAY_CHANGE = ("resume",)
+
+
 def load_resumed_args(args):
-    """The arguments saved in the run folder args.resume.
+    """The arguments saved in the run folder args.resume, but for those that MAY_CHANGE.
 
     Raises:
         RunError: it is not a run folder of this script, or an argument given beside --resume contradicts it.
@@ -600,11 +589,15 @@ def load_resumed_args(args):
         saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
+    flags = {text.split("=")[0].lstrip("-").replace("-", "_") for text in sys.argv[1:]}
     for field in dataclasses.fields(Args):
         given, was = getattr(args, field.name), getattr(saved, field.name)
-        if field.name != "resume" and given not in (field.default, was):
+        if given == field.default and field.name not in flags:
+            continue
+        if field.name in MAY_CHANGE:
+            setattr(saved, field.name, given)
+        elif given != was:
             raise edm.RunError(f"{args.resume} was started with {field.name}={was}, not {given}")
-    saved.resume = args.resume
     return saved
 
 
@@ -633,6 +626,8 @@ def check_args(args):
         raise edm.RunError(f"no such file: {args.synthetic_path}")
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
         raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
+    if args.compile == "on" and args.device == "cpu":
+        raise edm.RunError("--compile on needs a GPU, and --device cpu forbids it")
 
 
 def start_run(args, start_time):
@@ -813,7 +808,7 @@ def main(args):
     evaluations, start = [], 0
     checkpoint_path = run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        checkpoint = edm.load_file(checkpoint_path, device)
         if checkpoint["stage"] == "agent":
             agent.load_state_dict(checkpoint["agent"])
             losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+import synther_td3bc
 from synther_td3bc import TRANSITION_KEYS
 
 
@@ -30,6 +31,21 @@ def d4rl_rows(n, seed=0, obs_dim=3, act_dim=2):
 
 def transitions(n, **options):
     return {k: x for k, x in d4rl_rows(n, **options).items() if k != "timeouts"}
+
+
+def collect_random(env_id, num_steps, seed=0):
+    """Transitions of uniformly random actions, Keys as `load_transitions`."""
+    env = synther_td3bc.make_env(env_id)
+    env.action_space.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    steps = []
+    for _ in range(num_steps):
+        action = env.action_space.sample()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        steps.append((obs, action, reward, next_obs, terminated))
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    data = {key: np.asarray(x, np.float32) for key, x in zip(TRANSITION_KEYS, zip(*steps))}
+    return data | {"terminals": data["terminals"].astype(bool)}
 
 
 def write_hdf5(path, arrays):

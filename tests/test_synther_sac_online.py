@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import agent_rows, assert_same_state, flags, read_metrics, separate_critics, snapshot, wait_and_kill
+from helpers import (
+    PointEnv,
+    agent_rows,
+    assert_same_state,
+    flags,
+    read_metrics,
+    separate_critics,
+    snapshot,
+    wait_and_kill,
+)
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 import edm
@@ -225,7 +234,7 @@ def test_target_takes_a_random_pair_of_critics(num_q):
     torch.manual_seed(0)
     agent, batch = SAC(3, 2, sac_args(num_q=num_q, discount=1.0), "cpu"), agent_rows(64)
     batch[:, 5], batch[:, -1], agent.alpha[:] = 0, 0, 0  # no reward, no end, no entropy
-    for parameter in agent.target:
+    for parameter in agent.target_params:
         parameter.zero_()
     agent.critic_target.biases[-1][:, 0, 0] = torch.arange(num_q)
     seen, start = [], copy.deepcopy(agent.state_dict())
@@ -321,7 +330,7 @@ def test_run_folder_and_log(tmp_path):
     assert folder.name.startswith("dmc-reacher-hard__synther_sac_online-synther__3__")
     assert {path.name for path in folder.iterdir()} == {
         "args.json", "metrics.csv", "checkpoint.pt", "diffusion.pt", "final_returns.npz", "learning_curve.png",
-        "marginals.png",
+        "marginals.png", "synthetic.npz",
     }  # fmt: skip
     metrics = read_metrics(folder)
     assert {step for step, key in metrics if key == "diffusion/marginal"} == {120, 240}  # one model each
@@ -339,8 +348,8 @@ def test_run_folder_and_log(tmp_path):
     model = edm.load_edm(folder / "diffusion.pt")
     assert model.dim == 6 + 2 + 1 + 6  # no terminal on DeepMind Control
     assert (model.mean[8], model.std[8]) == (0, 1) and (model.std[:8] != 1).all()  # nor is the reward standardised
-    saved = checkpoint(folder)
-    assert saved["synthetic"].shape == (500, 16) and (saved["synthetic"][:, -1] == 0).all()
+    synthetic = synther_td3bc.load_transitions(folder / "synthetic.npz")  # as the offline scripts read it
+    assert synthetic["observations"].shape == (500, 6) and not synthetic["terminals"].any()
 
 
 class RecordingAgent(SAC):
@@ -376,9 +385,11 @@ def test_updates_per_step_and_share_of_synthetic_rows(tmp_path, monkeypatch, upd
 
 def test_diffusion_leaves_environment_and_agent_alone(tmp_path):
     """With a synthetic share of 0, a run with diffusion stages stores and learns the same as one without."""
-    with_stages = checkpoint(run(tmp_path / "a", env="Hopper-v4", synther_ratio=0.0, **TINY))
-    without = checkpoint(run(tmp_path / "b", env="Hopper-v4", algo="sac", **TINY))
-    assert len(with_stages["synthetic"]) == 500 and len(without["synthetic"]) == 0
+    folders = [
+        run(tmp_path / algo, env="Hopper-v4", algo=algo, synther_ratio=0.0, **TINY) for algo in ("synther", "sac")
+    ]
+    assert [(folder / "synthetic.npz").exists() for folder in folders] == [True, False]
+    with_stages, without = map(checkpoint, folders)
     for key in ("replay", "timeouts", "agent", "rng", "obs", "evaluations"):
         assert_same_state(with_stages[key], without[key], key)
 
@@ -415,9 +426,9 @@ def test_falls_are_terminal(tmp_path):
 def test_full_buffer_forgets_the_oldest(tmp_path, monkeypatch):
     target = tmp_path / "data.hdf5"
     options = dict(env="Pendulum-v1", algo="sac", **TINY | dict(eval_episodes=0), save_dataset=str(target))
-    whole = checkpoint(run(tmp_path / "a", **options | dict(learning_starts=1_000, save_dataset=None)))["replay"]
+    whole = checkpoint(run(tmp_path / "a", **options | dict(learning_starts=259, save_dataset=None)))["replay"]
     monkeypatch.setattr(synther_sac_online, "CAPACITY", 200)
-    saved = checkpoint(run(tmp_path / "b", **options | dict(learning_starts=1_000)))["replay"]
+    saved = checkpoint(run(tmp_path / "b", **options | dict(learning_starts=259)))["replay"]
     assert torch.equal(saved, torch.cat([whole[200:260], whole[60:200]]))
     with h5py.File(target) as f:
         np.testing.assert_array_equal(f["observations"], whole[60:, :3].numpy())
@@ -441,22 +452,94 @@ def test_warm_start_and_patience_reach_the_training(tmp_path, monkeypatch):
     calls, train_edm = [], edm.train_edm
 
     def recording_train_edm(rows, **options):
-        calls.append(options)
-        return train_edm(rows, **options)
+        model = train_edm(rows, **options)
+        calls.append(options | {"result": model})
+        return model
 
     monkeypatch.setattr(edm, "train_edm", recording_train_edm)
     options = TINY | dict(eval_episodes=0, total_steps=250, warm_start=True, patience=3)
     folder = run(tmp_path, env="Pendulum-v1", normalize_reward=False, **options)
     first, second = calls
     assert first["init"] is None and first["patience"] == second["patience"] == 3
-    assert isinstance(second["init"], edm.EDM) and first["seed"] != second["seed"]
+    assert_same_state(second["init"].state_dict(), first["result"].state_dict())
+    assert first["seed"] != second["seed"]
     assert first["skip"] == [8, 4] and first["time_dim"] == 256  # terminal and reward
-    assert not torch.equal(snapshot(second["init"]), snapshot(edm.load_edm(folder / "diffusion.pt")))
+    assert_same_state(second["result"].state_dict(), edm.load_edm(folder / "diffusion.pt").state_dict())
 
 
-def test_diverging_agent_stops_the_run(tmp_path):
-    with pytest.raises(RunError, match="loss of the agent .* before environment step 200"):
-        run(tmp_path, env="Pendulum-v1", **TINY | dict(learning_rate=1e30, algo="sac"))
+def test_actions_are_random_first_and_then_the_policys(tmp_path, monkeypatch):
+    """The first learning_starts + 1 from the whole range, all others sampled, not the mean."""
+    sampled, sample = [], TanhGaussianActor.sample
+
+    def recording_sample(self, observations):
+        actions, log_density = sample(self, observations)
+        if len(observations) == 1:
+            sampled.append(actions[0])
+        return actions, log_density
+
+    monkeypatch.setattr(TanhGaussianActor, "sample", recording_sample)
+    options = TINY | dict(eval_episodes=0, learning_starts=150)
+    rows = checkpoint(run(tmp_path, env="Hopper-v4", algo="sac", **options))["replay"]
+    actions = rows[:, 11:14]
+    assert len(sampled) == 260 - 151 and torch.equal(actions[151:], torch.stack(sampled))
+    assert actions[:151].abs().max() > 0.95 and actions[:151].std() == pytest.approx(1 / math.sqrt(3), rel=0.1)
+
+
+class ForgetfulPoint(PointEnv):
+    """Its state is in a place that nobody would look for."""
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.hidden = [self.position]
+        del self.position
+        return obs, info
+
+    def step(self, action):
+        self.position = self.hidden[0]
+        answer = super().step(action)
+        self.hidden = [self.position]
+        del self.position
+        return answer
+
+
+gym.register("ForgetfulPoint-v0", ForgetfulPoint, max_episode_steps=30)
+
+
+def test_resume_begins_a_new_episode_where_the_state_is_out_of_reach(tmp_path, monkeypatch):
+    assert synther_sac_online.can_restore("Point-v0") and not synther_sac_online.can_restore("ForgetfulPoint-v0")
+    options = TINY | dict(eval_episodes=0, checkpoint_every=100, algo="sac")
+
+    def stop(self, batch, with_actor):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        calls = []
+        update = SAC.update
+        patch.setattr(SAC, "update", lambda *a, **k: calls.append(0) or (stop if len(calls) > 215 else update)(*a, **k))
+        run(tmp_path, env="ForgetfulPoint-v0", **options)
+    (folder,) = tmp_path.glob("*__*")
+    assert checkpoint(folder)["step"] == 200
+    synther_sac_online.main(Args(resume=str(folder)))
+    saved = checkpoint(folder)
+    rows, timeouts = saved["replay"], saved["timeouts"]
+    assert timeouts[199]
+    joined = (rows[:-1, 5:7] == rows[1:, :2]).all(1) | timeouts[:-1] | (rows[:-1, -1] == 1)
+    assert joined.all()
+
+
+def test_ended_run_can_still_be_saved(tmp_path):
+    folder, target = run(tmp_path, env="Pendulum-v1", algo="sac", **TINY | dict(eval_episodes=0)), tmp_path / "late.h5"
+    for _ in range(2):  # the second time the file is left alone
+        synther_sac_online.main(Args(resume=str(folder), save_dataset=str(target)))
+        with h5py.File(target) as f:
+            np.testing.assert_array_equal(f["rewards"], checkpoint(folder)["replay"][:, 4])
+        target.chmod(0o444)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "dmc/reacher-hard"])
+def test_diverging_agent_stops_the_run(tmp_path, env_id):
+    with pytest.raises(RunError, match="no longer finite at environment step 10[1-9]"):
+        run(tmp_path, env=env_id, **TINY | dict(learning_rate=1e30, algo="sac"))
 
 
 # --- Saved datasets ---------------------------------------------------------------------------------------------------
@@ -545,6 +628,8 @@ BAD_COMMANDS = {
     "share above 1": ["--synther-ratio", "1.5"],
     "no steps": ["--total-steps", "0"],
     "negative seed": ["--seed", "-1"],
+    "nothing is learned": ["--total-steps", "400"],
+    "no diffusion model": ["--total-steps", "900"],
     "dataset exists": ["--save-dataset", "old.hdf5"],
     "no folder for the dataset": ["--save-dataset", "nowhere/new.hdf5"],
     "no name for a dataset": ["--save-dataset", "my data"],
@@ -554,6 +639,8 @@ BAD_COMMANDS = {
     "resume of nothing": ["--resume", "nothing"],
     "resume of another script": ["--resume", "td3bc_run"],
     "resume with another algorithm": ["--resume", "run", "--algo", "redq"],
+    "resume with another, the default": ["--resume", "run", "--algo", "synther"],
+    "resume from a damaged checkpoint": ["--resume", "run"],
 }
 
 
@@ -562,10 +649,16 @@ def test_bad_command_ends_in_one_sentence(tmp_path, what):
     """Exit code 2, one line that begins with `error:`, no traceback, nothing made and nothing changed."""
     if torch.cuda.is_available() and what in ("GPU wanted", "graphs wanted"):
         pytest.skip("there is a GPU")
-    for name, args in (("run", Args(algo="sac", total_steps=10)), ("td3bc_run", synther_td3bc.Args())):
+    for name, args in (
+        ("run", synther_sac_online.resolve(Args(algo="sac", out_dir=str(tmp_path), device="cpu"))),
+        ("td3bc_run", synther_td3bc.Args()),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(vars(args)))
     (tmp_path / "old.hdf5").write_text("old")
+    (tmp_path / "run/args.json").write_text(json.dumps(json.loads((tmp_path / "run/args.json").read_text()), indent=2))
+    (tmp_path / "run/metrics.csv").write_text("step,key,value\n")
+    (tmp_path / "run/checkpoint.pt").write_bytes(b"PK damaged")
     contents = lambda: {str(p): p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}  # noqa: E731
     before = contents()
     result = subprocess.run(
@@ -594,13 +687,13 @@ def learning(folder):
 
 
 def training_diffusion(folder):
-    path = folder / "diffusion_checkpoint.pt"
-    return path.exists() and 200 <= torch.load(path, weights_only=True)["step"] < 600
+    path = folder / "diffusion_checkpoint_330.pt"
+    return path.exists() and 200 <= torch.load(path, weights_only=True)["step"] < 2_500
 
 
 def sampling(folder):
-    path = folder / "synthetic.partial"
-    return path.exists() and path.stat().st_size > 15_000 * 4 * 9 and not (folder / "diffusion.pt").exists()
+    path = folder / "synthetic_330.partial"
+    return path.exists() and path.stat().st_size > 15_000 * 4 * 27 and not (folder / "diffusion.pt").exists()
 
 
 def learning_from_both(folder):
@@ -611,9 +704,9 @@ def test_killed_run_equals_uninterrupted(tmp_path):
     """Killed while the agent learns, a diffusion model trains, it samples, and later: the same numbers at the end."""
     options = flags(
         env="Hopper-v4", seed=1, total_steps=700, learning_starts=100, utd=2, hidden_dim=16, batch_size=32,
-        eval_every=200, eval_episodes=1, checkpoint_every=150, retrain_every=330, diffusion_steps=600,
-        diffusion_width=48, diffusion_depth=2, num_samples=60_000, save_dataset="data.hdf5",
-    )  # fmt: skip
+        eval_every=200, eval_episodes=1, checkpoint_every=150, retrain_every=330, diffusion_steps=2_500,
+        diffusion_width=48, diffusion_depth=2, num_samples=60_000, save_dataset="data.hdf5", patience=1,
+    ) + ["--warm-start"]  # fmt: skip
     whole_dir, killed_dir = tmp_path / "a", tmp_path / "b"
     whole_dir.mkdir(), killed_dir.mkdir()
     subprocess.run(command(*options), cwd=whole_dir, capture_output=True, check=True, timeout=200)
@@ -643,4 +736,8 @@ def test_killed_run_equals_uninterrupted(tmp_path):
         [line for line in (f / "metrics.csv").read_text().splitlines() if ",perf/" not in line] for f in (folder, whole)
     ]
     assert metrics[0] == metrics[1] and len(metrics[1]) > 20
-    assert (killed_dir / "data.hdf5").stat().st_size == (whole_dir / "data.hdf5").stat().st_size
+    with h5py.File(killed_dir / "data.hdf5") as a, h5py.File(whole_dir / "data.hdf5") as b:
+        assert set(a) == set(b) and len(b["rewards"]) == 700
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    synther_sac_online.main(Args(resume=str(folder)))  # there is nothing left to do, and it says so

@@ -24,6 +24,7 @@ from helpers import (
     agent_rows,
     assert_same_data,
     assert_same_state,
+    collect_random,
     d4rl_rows,
     flags,
     read_metrics,
@@ -877,7 +878,7 @@ def test_diverging_agent_stops_the_run(tmp_path):
 
 def test_agent_learns_from_synthetic_data(tmp_path):
     """From random data alone, SynthER with TD3+BC comes close to the best policy of a simple task."""
-    data = synther_td3bc.collect_random("Point-v0", 5_000)
+    data = collect_random("Point-v0", 5_000)
     assert data["terminals"].any()
     options = dict(
         env="Point-v0", dataset_path=write_npz(tmp_path / "data.npz", data), diffusion_steps=1_500, diffusion_width=64,
@@ -905,7 +906,7 @@ def command(*options):
 def inputs(tmp_path_factory):
     """Files for the command line: a dataset, the start of a run folder, and things that are neither."""
     folder = tmp_path_factory.mktemp("inputs")
-    data = write_npz(folder / "data.npz", synther_td3bc.collect_random("Pendulum-v1", 1_000))
+    data = write_npz(folder / "data.npz", collect_random("Pendulum-v1", 1_000))
     write_npz(folder / "bad.npz", spoil("actions", math.nan)(transitions(20)))
     write_hdf5(folder / "truncated.hdf5", d4rl_rows(2_000))
     os.truncate(folder / "truncated.hdf5", 50_000)

@@ -946,6 +946,7 @@ BAD_COMMANDS = {
     "resume of another folder": ["--resume", "not_a_run"],
     "resume with unknown arguments": ["--resume", "changed_run"],
     "resume with another seed": ["--resume", "run", "--seed", "2"],
+    "resume with another seed, the default": ["--resume", "run", "--seed", "0"],
     "resume with another dataset": ["--resume", "run", "--env", "Hopper-v4"],
 }
 

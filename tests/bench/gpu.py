@@ -3,15 +3,20 @@
     python tests/bench/gpu.py --data walker2d_medium_replay.hdf5
 
 1. CUDA agrees with the CPU: denoiser, sampler and 200 agent updates from the same weights, noise and batches; and CUDA
-   graphs agree with eager steps. 2. The table of bench.py. 3. The paper's experiment on Walker2d in full (100,000
-diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates), generated and real, timed. 4. The online experiment on
-HalfCheetah, 100,000 steps, with all three methods, timed. --only picks one of the four; --quick shrinks the last two to
-try the command; with --device cpu everything but the graphs can be tried without a GPU.
+   graphs agree with eager steps, offline and online.
+2. The table of bench.py.
+3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates),
+   generated and real, timed.
+4. The online experiment on HalfCheetah, 100,000 steps, with all three methods, timed.
+
+--only picks one of the four; --quick shrinks the last two to try the command; with --device cpu everything but the
+graphs can be tried without a GPU.
 """
 
 import copy
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +28,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import edm
+import synther_sac_online
 import synther_td3bc
 
 
@@ -84,6 +90,19 @@ def graph_difference(device):
     return max(largest_difference(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
+def online_graph_difference(device):
+    """Relative difference of the critics after a short online run of Pendulum as CUDA graphs and eagerly."""
+    critics = []
+    for compile in ("auto", "off"):
+        with tempfile.TemporaryDirectory() as folder:
+            options = dict(total_steps=400, learning_starts=100, retrain_every=250, diffusion_steps=100)
+            options |= dict(eval_episodes=0, out_dir=folder, device=device, compile=compile)
+            synther_sac_online.main(synther_sac_online.Args(**options))
+            (path,) = Path(folder).glob("*/checkpoint.pt")
+            critics.append(torch.load(path, map_location="cpu", weights_only=True)["agent"]["critic"])
+    return max(largest_difference(critics[0][name], critics[1][name]) for name in critics[0])
+
+
 def run(script, options, args):
     """Run a script of the project and print its time."""
     start = time.time()
@@ -97,7 +116,8 @@ def main(args):
         call, sample = denoiser_difference(args.device)
         print(f"{args.device} against CPU, relative: denoiser {call:.1e}, sampler of 20 calls {sample:.1e}, ", end="")
         print(f"200 agent updates {agent_difference(args.device):.1e}")
-        print(f"graphs against eager steps, 300 diffusion steps: {graph_difference(args.device):.1e}", flush=True)
+        print(f"graphs against eager steps, 300 diffusion steps: {graph_difference(args.device):.1e}")
+        print(f"and 300 steps of SynthER online: {online_graph_difference(args.device):.1e}", flush=True)
     if args.only in (None, "bench"):
         subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device], check=True)
     diffusion = ["--diffusion-steps", "200", "--diffusion-width", "64", "--num-samples", "20000"]

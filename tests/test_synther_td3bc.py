@@ -388,6 +388,27 @@ def test_bad_subsample(tmp_path, subsample):
         synther_td3bc.load_dataset(args)
 
 
+def test_bundled_dataset():
+    """40 episodes of 1000 steps that follow one another, of an agent that learns to run; each loses its last row."""
+    data, env_id = synther_td3bc.load_dataset(Args())
+    assert env_id == "HalfCheetah-v4" and data["observations"].shape == (39_960, 17) and not data["terminals"].any()
+    joined = (data["next_observations"][:-1] == data["observations"][1:]).all(1)
+    assert np.flatnonzero(~joined).tolist() == list(range(998, 39_959, 999))
+    returns = data["rewards"].reshape(40, 999).sum(1)
+    assert returns[:5].max() < 0 and returns[-4:].min() > 1_500
+    assert np.abs(data["actions"]).max() <= 1
+    assert synther_td3bc.BUNDLED.stat().st_size < 4e6
+    # The simulator agrees: the file holds what HalfCheetah-v4 does
+    env = synther_td3bc.make_env(env_id).unwrapped
+    env.reset(seed=0)
+    for i in range(0, 39_960, 4_000):
+        obs = data["observations"][i].astype(np.float64)
+        env.set_state(np.concatenate([[0.0], obs[:8]]), obs[8:])
+        next_obs, reward, *_ = env.step(data["actions"][i])
+        np.testing.assert_allclose(next_obs, data["next_observations"][i], atol=1e-3)
+        assert reward == pytest.approx(data["rewards"][i], abs=1e-3)
+
+
 def test_mixing_generates_as_many_as_there_are():
     assert synther_td3bc.resolve(Args(env="hopper-medium-v2", data="mixed"), 123).num_samples == 123
 

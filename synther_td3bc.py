@@ -12,8 +12,8 @@ sample quality, generates the synthetic data, trains the agent on it, evaluates,
     python synther_td3bc.py --resume runs/...                      # continue a run that was stopped
 
 The first command learns from the replay buffer that comes with the project: the 40,000 transitions from which SAC had
-learned to run at a return of 2,200 in HalfCheetah-v4. It ends at about 2,900 to 3,200 (normalised score 26 to 28); with
---data real at 2,600 to 2,700 (23 to 24). On two CPU cores a 6 x 512 denoiser takes 70 steps a second and the agent 300
+learned to run at a return of 2,350 in HalfCheetah-v4. It ends at about 2,900 to 3,200 (normalised score 26 to 28); with
+--data real at 2,600 to 2,750 (23 to 24). On two CPU cores a 6 x 512 denoiser takes 70 steps a second and the agent 300
 updates; `--env` with another dataset runs at the paper's size, which wants a GPU.
 
 Sections: arguments | data | environment and scores | networks | agent | experiment.

@@ -14,7 +14,8 @@ sample quality, generates the synthetic data, trains the agent on it, evaluates,
 The first command learns from the replay buffer that comes with the project: the 40,000 transitions from which SAC had
 learned to run at a return of 2,350 in HalfCheetah-v4. It ends at about 2,900 to 3,200 (normalised score 26 to 28); with
 --data real at 2,600 to 2,750 (23 to 24). On two CPU cores a 6 x 512 denoiser takes 70 steps a second and the agent 300
-updates; `--env` with another dataset runs at the paper's size, which wants a GPU.
+updates (set OMP_NUM_THREADS=1 if others use them too); `--env` with another dataset runs at the paper's size, which
+wants a GPU.
 
 Sections: arguments | data | environment and scores | networks | agent | experiment.
 """

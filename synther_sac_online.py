@@ -5,7 +5,7 @@ Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303
 methods. With --algo synther a new diffusion model is trained on the replay buffer every 10,000 environment steps, and
 half of every batch comes from its samples: that is all that changes, and lets SAC take 20 updates per step.
 
-    python synther_sac_online.py                                              # Pendulum; about 4 minutes on 2 cores
+    python synther_sac_online.py                                              # Pendulum; a few minutes on 2 cores
     python synther_sac_online.py --env HalfCheetah-v4                         # the paper's experiment; wants a GPU
     python synther_sac_online.py --env dmc/cheetah-run                        # the DeepMind Control suite
     python synther_sac_online.py --env HalfCheetah-v4 --algo redq             # 10 critics, 20 updates per step
@@ -74,7 +74,7 @@ class Args:
 
     # the run; None takes the value for this environment or --algo, see DEFAULTS
     total_steps: Optional[int] = None
-    """environment steps (paper: 200,000 on DeepMind Control, 100,000 else; Pendulum: 3,000)"""
+    """environment steps (paper: 200,000 on DeepMind Control, 100,000 else; Pendulum: 2,000)"""
     learning_starts: Optional[int] = None
     """first environment step with updates; actions are random up to it (paper: 5,000; Pendulum: 500)"""
     eval_every: Optional[int] = None
@@ -111,7 +111,7 @@ class Args:
     synther_ratio: float = 0.5
     """share of generated transitions in a batch (paper: 0.5, Section 3.2)"""
     retrain_every: Optional[int] = None
-    """environment steps between diffusion models (paper: 10,000; Pendulum: 1,000)"""
+    """environment steps between diffusion models (paper: 10,000; Pendulum: 500)"""
     warm_start: bool = False
     """start each diffusion model from the last one's weights (the official code starts from new ones)"""
     patience: Optional[int] = None
@@ -148,7 +148,7 @@ DEFAULTS = {
     ),
     r"dmc/": dict(total_steps=200_000, normalize_reward=False),
     r"Pendulum": dict(
-        total_steps=3_000, learning_starts=500, eval_every=250, checkpoint_every=500, retrain_every=1_000,
+        total_steps=2_000, learning_starts=500, eval_every=250, checkpoint_every=500, retrain_every=500,
         diffusion_steps=2_000, diffusion_width=256, diffusion_lr=1e-3, num_samples=20_000,
     ),
 }  # fmt: skip

@@ -629,7 +629,7 @@ BAD_COMMANDS = {
     "no steps": ["--total-steps", "0"],
     "negative seed": ["--seed", "-1"],
     "nothing is learned": ["--total-steps", "400"],
-    "no diffusion model": ["--total-steps", "900"],
+    "no diffusion model": ["--total-steps", "700", "--retrain-every", "700"],
     "dataset exists": ["--save-dataset", "old.hdf5"],
     "no folder for the dataset": ["--save-dataset", "nowhere/new.hdf5"],
     "no name for a dataset": ["--save-dataset", "my data"],

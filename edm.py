@@ -819,12 +819,12 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
 
 
 # Copied from synther_td3bc.load_transitions with edm.RunError->RunError
-def load_transitions(source, true_next_obs=False):
+def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     """Transitions from a D4RL-layout HDF5 file, an .npz of transitions, or a Minari dataset.
 
     Args:
         source: a path that ends in .hdf5, .h5 or .npz, or a Minari id such as mujoco/hopper/medium-v0.
-        true_next_obs: see `qlearning_dataset`; the other two kinds always hold the true s'.
+        true_next_obs, max_episode_steps: see `qlearning_dataset`; the other two kinds always hold the true s'.
 
     Returns:
         dict of float32 arrays: observations [N, obs_dim], actions [N, act_dim], rewards [N], next_observations
@@ -847,7 +847,7 @@ def load_transitions(source, true_next_obs=False):
                 keys = ["observations", "actions", "rewards", "terminals"]
                 raw = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
             check_arrays(raw, source)
-            data = qlearning_dataset(raw, true_next_obs)
+            data = qlearning_dataset(raw, true_next_obs, max_episode_steps)
         else:
             import minari
 

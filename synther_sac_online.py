@@ -174,17 +174,22 @@ def resolve(args):
 
 # Copied from synther_td3bc.REFERENCE_SCORES
 REFERENCE_SCORES = {
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "dmc": (0.0, 1000.0),  # every task of the DeepMind Control suite
+    "HalfCheetah-": (-280.178953, 12135.0),
+    "Hopper-": (-20.272305, 3234.3),
+    "Walker2d-": (1.629008, 4592.3),
+    "maze2d-umaze-": (23.85, 161.86),
+    "maze2d-medium-": (13.13, 277.39),
+    "maze2d-large-": (6.7, 273.99),
+    "antmaze-": (0.0, 1.0),
+    "dmc/": (0.0, 1000.0),  # every task of the DeepMind Control suite
 }
 
 
 # Copied from synther_td3bc.normalized_score
 def normalized_score(env_id, returns):
     """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
-    low, high = REFERENCE_SCORES.get(re.split("[-/]", env_id)[0], (math.nan, math.nan))
+    scores = (scores for prefix, scores in REFERENCE_SCORES.items() if env_id.startswith(prefix))
+    low, high = next(scores, (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
 

@@ -53,8 +53,9 @@ import edm
 @dataclass
 class Args:
     env: str = "quickstart"
-    """dataset: a D4RL name (walker2d-medium-replay-v2), a Minari id (mujoco/hopper/medium-v0), `quickstart`, or, with
-    --dataset-path, the Gymnasium id or D4RL name of the environment to evaluate in"""
+    """dataset: a D4RL name (walker2d-medium-replay-v2, maze2d-umaze-v1, antmaze-umaze-v2), a Minari id
+    (mujoco/hopper/medium-v0), `quickstart`, or, with --dataset-path, the Gymnasium id or D4RL name of the environment
+    to evaluate in"""
     dataset_path: Optional[str] = None
     """a D4RL-layout HDF5 file or an .npz of transitions to learn from"""
     seed: int = 0
@@ -85,6 +86,8 @@ class Args:
     """keep this fraction (up to 1) or number (above 1) of the real transitions, drawn uniformly (Figures 1a and 4)"""
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
+    normalize_reward: Optional[bool] = None
+    """scale rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 (CORL; paper: antmaze only)"""
     terminals: Literal["column", "classifier"] = "column"
     """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
     d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
@@ -141,19 +144,21 @@ class Args:
     """weight of the Q-value against behaviour cloning (paper: 2.5)"""
     eval_every: Optional[int] = None
     """updates between evaluations (paper and quickstart: 5,000)"""
-    eval_episodes: int = 10
-    """episodes per evaluation (paper: 10); 0 skips evaluation"""
+    eval_episodes: Optional[int] = None
+    """episodes per evaluation (paper: 10, and 100 in mazes); 0 skips evaluation"""
     checkpoint_every: Optional[int] = None
     """steps or updates between checkpoints (default: 10,000; quickstart: 1,000)"""
 
 
-# The paper's values, by a pattern of the dataset's name: the last pattern that matches has the say.
+# The paper's values, by a pattern of the dataset's name: each that matches adds to those before it.
 DEFAULTS = {
     r".*": dict(
         diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=5_000_000, updates=1_000_000,
-        eval_every=5_000, checkpoint_every=10_000,
+        eval_every=5_000, eval_episodes=10, checkpoint_every=10_000, normalize_reward=False,
     ),
     r"halfcheetah-medium-expert|hopper-medium-v2|hopper-medium-expert": dict(diffusion_width=2048),
+    r"maze2d|antmaze": dict(eval_episodes=100),
+    r"antmaze": dict(normalize_reward=True),
     r"quickstart": dict(
         diffusion_steps=10_000, diffusion_width=512, diffusion_lr=1e-3, num_samples=200_000, updates=40_000,
         eval_every=5_000, checkpoint_every=1_000,
@@ -226,12 +231,12 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     }
 
 
-def load_transitions(source, true_next_obs=False):
+def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     """Transitions from a D4RL-layout HDF5 file, an .npz of transitions, or a Minari dataset.
 
     Args:
         source: a path that ends in .hdf5, .h5 or .npz, or a Minari id such as mujoco/hopper/medium-v0.
-        true_next_obs: see `qlearning_dataset`; the other two kinds always hold the true s'.
+        true_next_obs, max_episode_steps: see `qlearning_dataset`; the other two kinds always hold the true s'.
 
     Returns:
         dict of float32 arrays: observations [N, obs_dim], actions [N, act_dim], rewards [N], next_observations
@@ -254,7 +259,7 @@ def load_transitions(source, true_next_obs=False):
                 keys = ["observations", "actions", "rewards", "terminals"]
                 raw = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
             check_arrays(raw, source)
-            data = qlearning_dataset(raw, true_next_obs)
+            data = qlearning_dataset(raw, true_next_obs, max_episode_steps)
         else:
             import minari
 
@@ -297,24 +302,39 @@ def check_arrays(arrays, source):
         raise edm.RunError(f"{source} holds no transitions")
 
 
+def find_d4rl(name):
+    """The environment and the file, by its place below D4RL's address, of a D4RL dataset; (None, None) for others."""
+    level = r"random|medium|expert|medium-replay|full-replay|medium-expert"
+    if match := re.fullmatch(rf"(halfcheetah|hopper|walker2d)-({level})-v2", name):
+        env_id = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}[match[1]]
+        return env_id, f"gym_mujoco_v2/{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
+    if match := re.fullmatch(r"maze2d-(umaze|medium|large)-v1", name):
+        return name, f"maze2d/maze2d-{match[1]}-sparse-v1.hdf5"
+    if match := re.fullmatch(r"antmaze-(umaze(?:-diverse)?|(?:medium|large)-(?:play|diverse))-v2", name):
+        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[match[1].split("-")[0]]
+        starts, goals = match[1] != "umaze", "diverse" in match[1]
+        return name, f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
+    return None, None
+
+
 def download_d4rl(name):
-    """The path of a D4RL locomotion dataset in D4RL's own cache folder, downloaded first if it is not there.
+    """The path of a D4RL dataset in D4RL's own cache folder, downloaded first if it is not there.
 
     Raises:
         RunError: it cannot be downloaded; the message names the three ways out.
     """
-    env_name, level = re.fullmatch(r"(\w+?)-(.+)-v2", name).groups()
-    filename = f"{env_name}_{level.replace('-', '_')}-v2.hdf5"
+    address = find_d4rl(name)[1]
+    filename = address.split("/")[1]
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     path, temporary = folder / filename, folder / (filename + ".tmp")
     if path.exists():
         return str(path)
-    for base in (
-        "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
-        "https://huggingface.co/datasets/imone/D4RL/resolve/main/",
-    ):
+    urls = [f"http://rail.eecs.berkeley.edu/datasets/offline_rl/{address}"]
+    if address.startswith("gym_mujoco_v2"):
+        urls.append(f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{filename}")
+    for url in urls:
         try:
-            with urllib.request.urlopen(base + filename, timeout=30) as response:
+            with urllib.request.urlopen(url, timeout=30) as response:
                 folder.mkdir(parents=True, exist_ok=True)
                 size = int(response.headers.get("Content-Length", 0))
                 with (
@@ -327,12 +347,12 @@ def download_d4rl(name):
             if size and temporary.stat().st_size != size:
                 raise OSError(f"the download broke off at {temporary.stat().st_size} of {size} bytes")
             with h5py.File(temporary, "r") as f:  # an error page or a damaged file fails here
-                check_arrays({key: f[key][:] for key in ("observations", "actions", "rewards", "terminals")}, base)
+                check_arrays({key: f[key][:] for key in ("observations", "actions", "rewards", "terminals")}, url)
             os.replace(temporary, path)
             return str(path)
         except (OSError, KeyError, http.client.HTTPException, edm.RunError) as error:
             temporary.unlink(missing_ok=True)
-            print(f"{base}{filename}: {error}", file=sys.stderr)
+            print(f"{url}: {error}", file=sys.stderr)
     raise edm.RunError(
         f"cannot download {name}; put the file at {path}, or pass a file with --dataset-path, or leave --env away "
         "to use the quickstart data"
@@ -349,22 +369,20 @@ def load_dataset(args):
         RunError: unknown name, or the data cannot be had or read.
     """
     name = args.env.replace("-mixed-", "-medium-replay-")
-    level = r"random|medium|expert|medium-replay|full-replay|medium-expert"
-    d4rl = re.fullmatch(rf"(halfcheetah|hopper|walker2d)-({level})-v2", name)
-    env_id = (
-        {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}[d4rl[1]] if d4rl else name
-    )
+    env_id, d4rl_file = find_d4rl(name)
+    env_id = env_id or name
     if args.dataset_path:
         if name == Args.env:
             raise edm.RunError("--dataset-path needs --env, the environment to evaluate in, such as Walker2d-v4")
         if Path(args.dataset_path).suffix not in (".hdf5", ".h5", ".npz"):
             raise edm.RunError(f"--dataset-path must end in .hdf5, .h5 or .npz, not {args.dataset_path}")
-        data = load_transitions(args.dataset_path, args.true_next_obs)
+        horizon = make_env(env_id).spec.max_episode_steps or 1000
+        data = load_transitions(args.dataset_path, args.true_next_obs, horizon)
     elif name == "quickstart":
         env_id = "HalfCheetah-v4"
         data = load_transitions(BUNDLED, args.true_next_obs)
-    elif d4rl:
-        data = load_transitions(download_d4rl(name), args.true_next_obs)
+    elif d4rl_file:
+        data = load_transitions(download_d4rl(name), args.true_next_obs, make_env(env_id).spec.max_episode_steps)
     elif "/" in name:
         try:
             data = load_transitions(name)
@@ -381,48 +399,241 @@ def load_dataset(args):
     else:
         raise edm.RunError(
             f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, "
-            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2), a Minari id such as "
-            "mujoco/hopper/medium-v0, or a file with --dataset-path"
+            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, -medium-v1, -large-v1; "
+            "antmaze-umaze-v2, ...), a Minari id such as mujoco/hopper/medium-v0, or a file with --dataset-path"
         )
-    if args.subsample is not None:
-        num_rows = len(data["rewards"])
-        count = int(round(args.subsample * num_rows if args.subsample <= 1 else args.subsample))
-        if not 2 <= count <= num_rows:
-            raise edm.RunError(f"--subsample {args.subsample} leaves {count} of {num_rows} transitions")
-        keep = np.random.default_rng(args.diffusion_seed).choice(num_rows, count, replace=False)
-        data = {key: x[keep] for key, x in data.items()}
     return data, env_id
+
+
+def subsample(data, args):
+    """The share or number of transitions that --subsample asks for, drawn uniformly; all of them without it."""
+    if args.subsample is None:
+        return data
+    num_rows = len(data["rewards"])
+    count = int(round(args.subsample * num_rows if args.subsample <= 1 else args.subsample))
+    if not 2 <= count <= num_rows:
+        raise edm.RunError(f"--subsample {args.subsample} leaves {count} of {num_rows} transitions")
+    keep = np.random.default_rng(args.diffusion_seed).choice(num_rows, count, replace=False)
+    return {key: x[keep] for key, x in data.items()}
+
+
+def reward_normalizer(data, env_id):
+    """(scale, shift) of the rewards for --normalize-reward, as in CORL: 1000 over the range of returns; antmaze r - 1.
+
+    Episodes end at a terminal or after 1000 rows. Rows that ended by a time limit are no longer there, so that these
+    windows drift over the true episodes, in CORL as here. The scale is NaN where there is no range.
+    """
+    if env_id.startswith(("maze2d-", "antmaze-")):
+        return 1.0, -float(env_id.startswith("antmaze-"))
+    returns, total, length = [], 0.0, 0
+    for reward, terminal in zip(data["rewards"].tolist(), data["terminals"].tolist()):
+        total, length = total + reward, length + 1
+        if terminal or length == 1000:
+            returns.append(total)
+            total, length = 0.0, 0
+    spread = max(returns) - min(returns) if returns else 0.0
+    return 1000 / spread if spread else math.nan, 0.0
 
 
 # --- Environment and scores -------------------------------------------------------------------------------------------
 
 # Returns of a random and an expert policy (D4RL's reference scores), the 0 and 100 of the normalised score.
 REFERENCE_SCORES = {
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "dmc": (0.0, 1000.0),  # every task of the DeepMind Control suite
+    "HalfCheetah-": (-280.178953, 12135.0),
+    "Hopper-": (-20.272305, 3234.3),
+    "Walker2d-": (1.629008, 4592.3),
+    "maze2d-umaze-": (23.85, 161.86),
+    "maze2d-medium-": (13.13, 277.39),
+    "maze2d-large-": (6.7, 273.99),
+    "antmaze-": (0.0, 1.0),
+    "dmc/": (0.0, 1000.0),  # every task of the DeepMind Control suite
 }
 
 
 def normalized_score(env_id, returns):
     """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
-    low, high = REFERENCE_SCORES.get(re.split("[-/]", env_id)[0], (math.nan, math.nan))
+    scores = (scores for prefix, scores in REFERENCE_SCORES.items() if env_id.startswith(prefix))
+    low, high = next(scores, (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
 
+MAZES = {  # walls of D4RL's mazes; a position (i, j) is row i, column j
+    "umaze": ("#####", "#...#", "###.#", "#...#", "#####"),
+    "medium": ("########", "#..##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#..#", "########"),
+    "large": (
+        "############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.###.#", "#..#.#.....#",
+        "##.#.#.#.###", "#..#...#...#", "############",
+    ),
+}  # fmt: skip
+
+
+def maze_cells(maze, kind):
+    """The (row, column) of each wall ("#") or free cell (".") of a maze, as an array [num_cells, 2]."""
+    return np.array([(i, j) for i, row in enumerate(MAZES[maze]) for j, cell in enumerate(row) if cell == kind])
+
+
+class Maze2d(gym.Env):
+    """D4RL's maze2d: a ball that is pushed through a maze and seeks one place, the same in every episode.
+
+    Observation [x, y, vx, vy] (x along rows, in cells; the middle of cell (i, j) is at (i - 0.2, j - 0.2)), action the
+    force in [-1, 1]^2. Reward 1 for each step that ends within 0.5 of the goal; nothing ends an episode but its time.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, maze, goal):
+        walls = "".join(f'<geom type="box" size=".5 .5 .2" pos="{i + 1} {j + 1} 0"/>' for i, j in maze_cells(maze, "#"))
+        self.model = mujoco.MjModel.from_xml_string(f"""
+            <mujoco>
+              <compiler inertiafromgeom="true"/>
+              <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+              <default>
+                <joint type="slide" damping="1"/>
+                <motor ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+                <geom friction=".5 .1 .1" density="1000" margin=".002" condim="1" contype="2" conaffinity="1"/>
+              </default>
+              <worldbody>
+                <body pos="1.2 1.2 0">
+                  <geom type="sphere" size=".1" contype="1"/>
+                  <joint name="x" axis="1 0 0"/> <joint name="y" axis="0 1 0"/>
+                </body>
+                {walls}
+              </worldbody>
+              <actuator> <motor joint="x"/> <motor joint="y"/> </actuator>
+            </mujoco>""")
+        self.physics = mujoco.MjData(self.model)
+        self.cells, self.goal = maze_cells(maze, "."), np.array(goal, np.float64)
+
+    def _observation(self):
+        return np.concatenate([self.physics.qpos, self.physics.qvel])
+
+    def _set_state(self, qpos, qvel):
+        self.physics.qpos[:], self.physics.qvel[:] = qpos, qvel
+        mujoco.mj_forward(self.model, self.physics)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.physics)
+        cell = self.cells[self.np_random.integers(len(self.cells))]
+        position = cell + self.np_random.uniform(-0.1, 0.1, 2)
+        self._set_state(position, 0.1 * self.np_random.standard_normal(2))
+        return self._observation(), {}
+
+    def step(self, action):
+        self._set_state(self.physics.qpos, np.clip(self.physics.qvel, -5, 5))
+        self.physics.ctrl[:] = np.clip(action, -1, 1)
+        mujoco.mj_step(self.model, self.physics)
+        observation = self._observation()
+        return observation, float(np.linalg.norm(observation[:2] - self.goal) <= 0.5), False, False, {}
+
+
+class AntMaze(gym.Env):
+    """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
+
+    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, which
+    also ends the episode. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
+
+    def __init__(self, maze, goal):
+        walls = "".join(
+            f'<geom type="box" size="2 2 1" pos="{4 * (j - 1)} {4 * (i - 1)} 1" conaffinity="1"/>'
+            for i, j in maze_cells(maze, "#")
+        )
+        legs = "".join(
+            f"""
+            <body>
+              <geom type="capsule" size=".08" fromto="0 0 0 {0.2 * x} {0.2 * y} 0"/>
+              <body pos="{0.2 * x} {0.2 * y} 0">
+                <joint name="hip_{leg}" axis="0 0 1" range="-30 30"/>
+                <geom type="capsule" size=".08" fromto="0 0 0 {0.2 * x} {0.2 * y} 0"/>
+                <body pos="{0.2 * x} {0.2 * y} 0">
+                  <joint name="ankle_{leg}" axis="{-x * y} 1 0" range="{"30 70" if x > 0 else "-70 -30"}"/>
+                  <geom type="capsule" size=".08" fromto="0 0 0 {0.4 * x} {0.4 * y} 0"/>
+                </body>
+              </body>
+            </body>"""
+            for leg, x, y in ((1, 1, 1), (2, -1, 1), (3, -1, -1), (4, 1, -1))
+        )
+        motors = "".join(f'<motor joint="hip_{leg}"/> <motor joint="ankle_{leg}"/>' for leg in (4, 1, 2, 3))
+        self.model = mujoco.MjModel.from_xml_string(f"""
+            <mujoco>
+              <compiler inertiafromgeom="true" angle="degree"/>
+              <option timestep="0.02" integrator="RK4"/>
+              <default>
+                <joint limited="true" armature="1" damping="1"/>
+                <motor ctrlrange="-30 30" ctrllimited="true"/>
+                <geom condim="3" conaffinity="0" margin=".01" friction="1 .5 .5" solimp=".8 .8 .01" density="5"/>
+              </default>
+              <worldbody>
+                <geom type="plane" size="40 40 40" conaffinity="1"/>
+                <body pos="0 0 .75">
+                  <geom type="sphere" size=".25"/>
+                  <joint type="free" limited="false" armature="0" damping="0"/>
+                  {legs}
+                </body>
+                {walls}
+              </worldbody>
+              <actuator> {motors} </actuator>
+            </mujoco>""")
+        self.physics = mujoco.MjData(self.model)
+        self.goal_cell = np.array([4 * (goal[1] - 1), 4 * (goal[0] - 1)], np.float64)  # x is along columns here
+
+    def _observation(self):
+        return np.concatenate([self.physics.qpos, self.physics.qvel])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.physics)
+        noise = self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        self.goal = np.maximum(self.goal_cell + noise, 0)
+        self.physics.qpos += self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.physics.qvel[:] = 0.1 * self.np_random.standard_normal(self.model.nv)
+        mujoco.mj_forward(self.model, self.physics)
+        return self._observation(), {}
+
+    def step(self, action):
+        self.physics.ctrl[:] = 30 * np.clip(action, -1, 1)
+        mujoco.mj_step(self.model, self.physics, nstep=5)
+        observation = self._observation()
+        reached = bool(np.linalg.norm(observation[:2] - self.goal) <= 0.5)
+        return observation, float(reached), reached, False, {}
+
+
+MAZE_TASKS = {  # class, maze, cell of the goal, steps of an episode
+    "maze2d-umaze-v1": (Maze2d, "umaze", (1, 1), 300),
+    "maze2d-medium-v1": (Maze2d, "medium", (6, 6), 600),
+    "maze2d-large-v1": (Maze2d, "large", (7, 9), 800),
+    "antmaze-umaze-v2": (AntMaze, "umaze", (3, 1), 700),
+    "antmaze-umaze-diverse-v2": (AntMaze, "umaze", (3, 1), 700),
+    "antmaze-medium-play-v2": (AntMaze, "medium", (6, 6), 1000),
+    "antmaze-medium-diverse-v2": (AntMaze, "medium", (6, 6), 1000),
+    "antmaze-large-play-v2": (AntMaze, "large", (7, 9), 1000),
+    "antmaze-large-diverse-v2": (AntMaze, "large", (7, 9), 1000),
+}
+
+
 def make_env(env_id):
-    """A Gymnasium environment with Box observations and actions. The v4 locomotion tasks are closest to D4RL's v2.
+    """A Gymnasium environment or D4RL maze. Of Gymnasium's locomotion tasks the v4 are closest to D4RL's v2.
 
     Raises:
         RunError: unknown id, or spaces that are not flat boxes.
     """
     if tuple(map(int, mujoco.mj_versionString().split(".")[:2])) >= (3, 5):
-        warnings.warn("mujoco 3.5 and later add up contact margins: Hopper's dynamics differ from D4RL's; use 3.4.0")
+        warnings.warn(
+            "mujoco 3.5 and later add up contact margins: Hopper, Ant and the mazes are not D4RL's; use 3.4.0"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # gymnasium announces v5 with every v4
-            env = gym.make(env_id, disable_env_checker=True)
+            if env_id in MAZE_TASKS:
+                maze_class, maze, goal, steps = MAZE_TASKS[env_id]
+                kwargs = dict(maze=maze, goal=goal)
+                spec = gym.envs.registration.EnvSpec(env_id, maze_class, max_episode_steps=steps, kwargs=kwargs)
+            env = gym.make(spec if env_id in MAZE_TASKS else env_id, disable_env_checker=True)
     except (gym.error.Error, ImportError) as error:
         raise edm.RunError(f"cannot make the environment {env_id}: {error}") from None
     for space in (env.observation_space, env.action_space):
@@ -495,6 +706,8 @@ class EnsembleCritic(nn.Module):
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
 
+LOSSES = ("critic_loss", "actor_loss")
+
 
 class TD3BC:
     """TD3+BC (Fujimoto and Gu 2021), CORL's update order. The updates touch tensors only: no logging, no waiting.
@@ -555,15 +768,16 @@ class TD3BC:
             getattr(self, name).load_state_dict(value)
 
 
-def augment_batch(batch, kind, obs_dim):
+def augment_batch(batch, kind, obs_dim, scale=1):
     """Explicit augmentation of normalised rows, in place (Appendix D.1). New numbers for every batch.
 
     The paper leaves open the scale and the sharing of the noise. Here: additive noise has standard deviation 0.1 in
-    normalised units and is the same for s and s'; the two factors are one number per transition.
+    normalised units and is the same for s and s'; the two factors are one number per transition. `scale` [obs_dim] is
+    such a unit, for an agent whose states are not normalised.
     """
     observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
     if kind == "additive":
-        noise = 0.1 * torch.randn_like(observations)
+        noise = 0.1 * scale * torch.randn_like(observations)
         observations += noise
         next_observations += noise
     elif kind == "multiplicative":
@@ -766,6 +980,8 @@ def main(args):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     data, env_id = load_dataset(args)
+    reward_scale, reward_shift = reward_normalizer(data, env_id)
+    data = subsample(data, args)
     resolve(args, len(data["rewards"]))
     envs = [make_env(env_id) for _ in range(max(args.eval_episodes, 1))]
     obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
@@ -775,7 +991,8 @@ def main(args):
             f"the dataset has {data['observations'].shape[1]} observation and {data['actions'].shape[1]} action "
             f"dimensions, {env_id} has {obs_dim} and {act_dim}"
         )
-
+    if args.normalize_reward and math.isnan(reward_scale):
+        raise edm.RunError("--normalize-reward needs episodes of different returns, and the dataset has none")
     if args.data == "mixed" and not args.synthetic_path and args.num_samples < len(data["rewards"]):
         raise edm.RunError(
             f"--data mixed needs --num-samples of at least {len(data['rewards'])}, not {args.num_samples}"
@@ -800,13 +1017,15 @@ def main(args):
     del real, observations
     for part in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # s and s', in place
         part.sub_(obs_mean).div_(obs_std)
+    if args.normalize_reward:
+        rows[:, obs_dim + act_dim].mul_(reward_scale).add_(reward_shift)
     rows = rows.to(device)
 
     # --- Agent ---
     torch.manual_seed(args.seed)
     agent = TD3BC(obs_dim, act_dim, max_action, args, device)
     batch = torch.empty(args.batch_size, rows.shape[1], device=device)
-    losses = torch.zeros(2, device=device)
+    losses = torch.zeros(len(LOSSES), device=device)
     evaluations, start = [], 0
     checkpoint_path = run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
@@ -823,7 +1042,7 @@ def main(args):
         losses[0] += agent.update_critic(batch)
 
     def actor_step():
-        losses[1] += agent.update_actor(batch)
+        losses[1] += args.policy_freq * agent.update_actor(batch)
 
     if device.type == "cuda" and args.compile != "off":
         critic_step, actor_step = edm.cuda_graph(critic_step), edm.cuda_graph(actor_step)
@@ -849,16 +1068,13 @@ def main(args):
         if update % args.policy_freq == 0:
             actor_step()
         if update % log_every == 0:
-            critic_loss, actor_loss = (losses / log_every).tolist()  # the only wait for the device
-            actor_loss *= args.policy_freq
-            if not math.isfinite(critic_loss + actor_loss):
+            means = (losses / log_every).tolist()  # the only wait for the device
+            if not math.isfinite(sum(means)):
                 raise edm.RunError(
                     f"a loss of the agent is no longer finite, between updates {update - log_every} and {update}"
                 )
-            rate = log_every / (time.time() - last_time)
-            log(
-                update, {"train/critic_loss": critic_loss, "train/actor_loss": actor_loss, "perf/updates_per_sec": rate}
-            )
+            values = {f"train/{name}": mean for name, mean in zip(LOSSES, means)}
+            log(update, values | {"perf/updates_per_sec": log_every / (time.time() - last_time)})
             losses.zero_()
             edm.trim_memory()
             last_time = time.time()

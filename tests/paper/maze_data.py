@@ -1,0 +1,95 @@
+"""Make a dataset like D4RL's maze2d, with a controller that walks from place to place.
+
+    python tests/paper/maze_data.py --env maze2d-umaze-v1 --out maze2d_umaze.hdf5
+    python synther_td3bc.py --env maze2d-umaze-v1 --dataset-path maze2d_umaze.hdf5
+
+As in D4RL, one long walk to goals drawn at random, on the shortest path over cells, by a proportional-derivative
+controller with noise; `timeouts` mark arrivals, nothing terminates, and the reward of a row is that of its own position.
+"""
+
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import tyro
+from tqdm import trange
+
+sys.path.append(str(Path(__file__).parents[2]))
+import edm
+import synther_td3bc
+
+
+@dataclass
+class Args:
+    out: str
+    """file to write, D4RL's layout"""
+    env: str = "maze2d-umaze-v1"
+    """maze2d-umaze-v1, maze2d-medium-v1 or maze2d-large-v1"""
+    steps: int = 100_000
+    """transitions (D4RL: 1M, 2M, 4M)"""
+    noise: float = 0.5
+    """standard deviation of the noise on the actions (D4RL: 0.5)"""
+    seed: int = 0
+    """seed of goals and noise"""
+
+
+def next_cells(cells, goal):
+    """{cell: its neighbour on a shortest path to the goal} for every free cell, by breadth-first search."""
+    free, step, queue = set(cells), {goal: goal}, deque([goal])
+    while queue:
+        i, j = queue.popleft()
+        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if cell in free and cell not in step:
+                step[cell] = (i, j)
+                queue.append(cell)
+    return step
+
+
+def main(args):
+    if not args.env.startswith("maze2d-") or args.env not in synther_td3bc.MAZE_TASKS:
+        sys.exit(f"--env must be a maze2d task, not {args.env}")
+    env = synther_td3bc.make_env(args.env).unwrapped
+    cells = [tuple(cell) for cell in env.cells.tolist()]
+    rng = np.random.default_rng(args.seed)
+    observation, _ = env.reset(seed=args.seed)
+    cell_of = lambda position: min(cells, key=lambda cell: np.abs(position - cell).sum())  # noqa: E731
+    rows = {key: [] for key in ("observations", "actions", "rewards", "timeouts", "infos/goal")}
+    goal = None
+    for _ in trange(args.steps, desc=args.env):
+        if goal is None:
+            goal_cell = cells[rng.integers(len(cells))]
+            goal = np.array(goal_cell) + rng.uniform(-0.1, 0.1, 2)
+            step = next_cells(cells, goal_cell)
+            waypoint = cell_of(observation[:2])
+        if np.linalg.norm(observation[:2] - waypoint) < 0.1 and waypoint != goal_cell:
+            waypoint = step[waypoint]
+        aim = goal if waypoint == goal_cell else np.array(waypoint)
+        action = 10 * (aim - observation[:2]) - observation[2:]
+        action = np.clip(action + args.noise * rng.standard_normal(2), -1, 1).astype(np.float32)
+        arrived = np.linalg.norm(observation[:2] - goal) < 0.1
+        reward = float(np.linalg.norm(observation[:2] - env.goal) <= 0.5)
+        for key, value in zip(rows, (observation, action, reward, arrived, goal)):
+            rows[key].append(value)
+        if arrived:
+            goal = None
+        observation = env.step(action)[0]
+    arrays = {key: np.array(x, bool if key == "timeouts" else np.float32) for key, x in rows.items()}
+    arrays["terminals"] = np.zeros(args.steps, bool)
+    arrays["infos/qpos"], arrays["infos/qvel"] = np.split(arrays["observations"], 2, axis=1)
+
+    def write(f):
+        with h5py.File(f, "w") as file:
+            for key, x in arrays.items():
+                file.create_dataset(key, data=x, compression="gzip")
+
+    edm.save_atomically(Path(args.out), write)
+    print(
+        f"{args.out}: {args.steps:,} rows, {arrays['timeouts'].sum()} arrivals, mean reward {arrays['rewards'].mean():.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

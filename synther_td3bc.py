@@ -147,7 +147,7 @@ class Args:
     """steps or updates between checkpoints (default: 10,000; quickstart: 1,000)"""
 
 
-# The paper's values, by a pattern of the dataset's name: the last pattern that matches has the say.
+# The paper's values, by a pattern of the dataset's name: each that matches adds to those before it.
 DEFAULTS = {
     r".*": dict(
         diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=5_000_000, updates=1_000_000,
@@ -611,9 +611,12 @@ def check_numbers(args):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
+        if name == "target_entropy":
+            if not math.isfinite(value):
+                raise edm.RunError(f"--target-entropy must be finite, not {value}")
+        elif name in MAY_BE_ZERO and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if name not in MAY_BE_ZERO and not 0 < value < math.inf:
+        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if name in ("discount", "tau", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
@@ -815,6 +818,7 @@ def main(args):
             agent.load_state_dict(checkpoint["agent"])
             losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]
             edm.set_rng_state(checkpoint["rng"], device)
+            start_time -= checkpoint["seconds"]
 
     def critic_step():
         index = torch.randint(len(rows), (args.batch_size,), device=device)
@@ -870,6 +874,7 @@ def main(args):
             state = {
                 "stage": "agent",
                 "update": update,
+                "seconds": time.time() - start_time,
                 "agent": agent.state_dict(),
                 "obs_mean": obs_mean,
                 "obs_std": obs_std,

@@ -183,7 +183,8 @@ def save_edm(path, model):
 def load_edm(path, device="cpu"):
     """The model in a file of `save_edm` (`diffusion.pt` of a run folder)."""
     saved = load_file(path, device)
-    model = EDM(**saved["config"]).to(device)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left as it was
+        model = EDM(**saved["config"]).to(device)
     model.load_state_dict(saved["state"])
     return model.requires_grad_(False)
 
@@ -367,7 +368,7 @@ def train_edm(
         skip: columns that are not standardised.
         cond: optional condition [num_rows, cond_dim].
         init: a model of the same size whose weights to start from; the normaliser is that of `data` in any case.
-        patience: stop early, once the loss of the average on 5% of the rows, held out for it, has had no new minimum
+        patience: stop early, once the loss of the average on 5% of the rows, held out for it, has not fallen by 0.5%
             for this many thousands of steps. The paper has no such thing; Appendix D.2 expects it to save much.
         seed: of the weights, noise and batches. The caller's random state is left as it was.
         device: None takes a GPU if there is one.
@@ -452,7 +453,7 @@ def train_edm(
             done = i + 1
             if patience and done % 1000 == 0:
                 held_out_loss = held_out_error(ema, x_held_out, cond_held_out)
-                if held_out_loss < best_loss:
+                if held_out_loss < 0.995 * best_loss:
                     best_loss, best_step = held_out_loss, done
                 stop = done - best_step >= 1000 * patience
             if done % log_every == 0 or done == steps or stop:

@@ -5,7 +5,7 @@ Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303
 methods. With --algo synther a new diffusion model is trained on the replay buffer every 10,000 environment steps, and
 half of every batch comes from its samples: that is all that changes, and lets SAC take 20 updates per step.
 
-    python synther_sac_online.py                                              # Pendulum; a few minutes on 2 cores
+    python synther_sac_online.py                                              # Pendulum; two minutes on 2 cores
     python synther_sac_online.py --env HalfCheetah-v4                         # the paper's experiment; wants a GPU
     python synther_sac_online.py --env dmc/cheetah-run                        # the DeepMind Control suite
     python synther_sac_online.py --env HalfCheetah-v4 --algo redq             # 10 critics, 20 updates per step
@@ -14,7 +14,8 @@ half of every batch comes from its samples: that is all that changes, and lets S
     python synther_sac_online.py --resume runs/...                            # continue a run that was stopped
 
 On two CPU cores an update takes about 3 ms, and 1,000 environment steps with 20 updates each about a minute. A
-diffusion model of the paper's size takes an hour to train there, one of 6 x 256 and 5,000 steps half a minute.
+diffusion model of the paper's size takes an hour to train there and 20 minutes to draw 1,000,000 samples; one of
+6 x 256 and 5,000 steps half a minute, and 20 seconds for 100,000.
 
 Sections: arguments | environment and scores | replay buffer | networks | agent | experiment.
 """
@@ -68,7 +69,7 @@ class Args:
     wandb_entity: Optional[str] = None
     """team or user to log to with --track"""
     resume: Optional[str] = None
-    """run folder to continue; its args.json supplies every other argument, and none can be changed"""
+    """run folder to continue; its args.json supplies every other argument, and none but --save-dataset can change"""
     compile: Literal["auto", "on", "off"] = "auto"
     """CUDA graphs of the training steps: auto uses them on a GPU, off runs every step eagerly, on insists on a GPU"""
 
@@ -115,8 +116,11 @@ class Args:
     warm_start: bool = False
     """start each diffusion model from the last one's weights (the official code starts from new ones)"""
     patience: Optional[int] = None
-    """stop training a diffusion model once its loss on 5% of the buffer, held out, has not fallen for this many
-    thousand steps (paper: never)"""
+    """stop training a diffusion model once its loss on 5% of the buffer, held out, has not fallen by 0.5% for this
+    many thousand steps (paper: never)"""
+    terminals: Literal["column", "classifier"] = "column"
+    """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
+    d from (s, a, r, s'), better where terminals are rare"""
     normalize_reward: Optional[bool] = None
     """standardise the reward for the diffusion model (paper: all columns; official code: not on DeepMind Control)"""
     diffusion_steps: Optional[int] = None
@@ -296,15 +300,20 @@ def set_env_state(env, state):
 def can_restore(env_id):
     """Whether `get_env_state` catches all there is: true for MuJoCo, DeepMind Control, and most classic tasks."""
     envs = [make_env(env_id) for _ in range(2)]
-    rng, answers = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
     actions = [rng.uniform(-1, 1, envs[0].action_space.shape).astype(np.float32) for _ in range(4)]
     for seed, env in enumerate(envs):
         env.reset(seed=seed)
         env.step(actions[seed])
-    set_env_state(envs[1], get_env_state(envs[0]))
-    for env in envs:
-        answers.append(np.concatenate([env.step(action)[0] for action in actions] + [env.reset()[0]]))
-    return np.array_equal(*answers)
+    try:
+        set_env_state(envs[1], get_env_state(envs[0]))
+    except Exception:  # pickling has no exception of its own
+        return False
+    for action in actions:
+        (obs, *others), (same_obs, *same_others) = (env.step(action)[:4] for env in envs)
+        if not np.array_equal(obs, same_obs) or others != same_others:
+            return False
+    return np.array_equal(*(env.reset()[0] for env in envs))
 
 
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
@@ -570,9 +579,12 @@ def check_numbers(args):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
+        if name == "target_entropy":
+            if not math.isfinite(value):
+                raise edm.RunError(f"--target-entropy must be finite, not {value}")
+        elif name in MAY_BE_ZERO and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if name not in MAY_BE_ZERO and not 0 < value < math.inf:
+        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if name in ("discount", "tau", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
@@ -580,6 +592,7 @@ def check_numbers(args):
 
 def check_args(args):
     """Raise RunError where an argument makes no sense or a choice cannot be had on this machine."""
+    check_numbers(args)
     if args.num_q < 2:
         raise edm.RunError(f"--num-q must be at least 2, not {args.num_q}")
     if args.learning_starts >= args.total_steps:
@@ -686,7 +699,10 @@ def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
     )
     log(step, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
     rows[:, -1] = rows[:, -1] > 0.5  # the official code leaves raw numbers here
+    if args.terminals == "classifier":
+        edm.relabel_terminals(rows, real, seed=args.seed * 1_000_003 + step)
     report = edm.quality_report(real, rows)
+    tqdm.write(edm.format_report(report))
     log(step, {f"diffusion/{key}": value for key, value in report.items()})
     if report["nonfinite"] > 0:
         raise edm.RunError(f"{report['nonfinite']:.1%} of the generated transitions hold NaN or Inf")
@@ -722,12 +738,11 @@ def main(args):
     start_time = time.time()
     if args.resume:
         args = load_resumed_args(args)
-    check_numbers(args)
     resolve(args)
     check_args(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.save_dataset and args.save_dataset.endswith((".hdf5", ".h5")):  # so that a run can be resumed from anywhere
         args.save_dataset = str(Path(args.save_dataset).resolve())
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     env, envs = make_env(args.env), [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     run_dir, log = start_run(args, start_time)
@@ -747,22 +762,24 @@ def main(args):
     if not restorable:
         print(f"the state of {args.env} cannot be saved: a resumed run would begin a new episode")
     if checkpoint_path.exists():
-        saved = edm.load_file(checkpoint_path, device)
-        start, num_updates, logged_updates = saved["step"], saved["num_updates"], saved["logged_updates"]
-        evaluations, losses = saved["evaluations"], saved["losses"]
-        agent.load_state_dict(saved["agent"])
-        replay[: len(saved["replay"])], timeouts[: len(saved["timeouts"])] = saved["replay"], saved["timeouts"].cpu()
-        edm.set_rng_state(saved["rng"], device)
-        start_time -= saved["seconds"]
+        checkpoint = edm.load_file(checkpoint_path, device)
+        start, evaluations, losses = checkpoint["step"], checkpoint["evaluations"], checkpoint["losses"]
+        num_updates, logged_updates = checkpoint["num_updates"], checkpoint["logged_updates"]
+        agent.load_state_dict(checkpoint["agent"])
+        saved_rows = len(checkpoint["replay"])
+        replay[:saved_rows], timeouts[:saved_rows] = checkpoint["replay"], checkpoint["timeouts"].cpu()
+        edm.set_rng_state(checkpoint["rng"], device)
+        start_time -= checkpoint["seconds"]
         if restorable:
-            obs = saved["obs"].cpu().numpy()
-            set_env_state(env, saved["env"].cpu().numpy().tobytes())
+            obs = checkpoint["obs"].cpu().numpy()
+            set_env_state(env, checkpoint["env"].cpu().numpy().tobytes())
         else:
             timeouts[(start - 1) % capacity] = True
+            obs, _ = env.reset(seed=args.seed * 1_000_003 + start)
         if args.algo == "synther" and start > args.retrain_every:  # otherwise a model is due, or none was yet
             with np.load(run_dir / "synthetic.npz") as f:
                 synthetic = edm.pack(**f).to(device)
-        del saved
+        del checkpoint
 
     batch = torch.empty(args.batch_size, replay.shape[1], device=device)
 
@@ -786,7 +803,7 @@ def main(args):
             "replay": replay[:size].clone(),  # a slice would be saved with all that it is a slice of
             "timeouts": timeouts[:size].clone(),
             "obs": torch.as_tensor(obs),
-            "env": torch.frombuffer(bytearray(get_env_state(env)), dtype=torch.uint8),
+            "env": torch.frombuffer(bytearray(get_env_state(env)), dtype=torch.uint8) if restorable else None,
             "losses": losses,
             "evaluations": evaluations,
             "rng": edm.get_rng_state(device),

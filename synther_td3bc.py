@@ -825,9 +825,12 @@ def check_numbers(args):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
+        if name == "target_entropy":
+            if not math.isfinite(value):
+                raise edm.RunError(f"--target-entropy must be finite, not {value}")
+        elif name in MAY_BE_ZERO and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if name not in MAY_BE_ZERO and not 0 < value < math.inf:
+        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if name in ("discount", "tau", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
@@ -1034,6 +1037,7 @@ def main(args):
             agent.load_state_dict(checkpoint["agent"])
             losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]
             edm.set_rng_state(checkpoint["rng"], device)
+            start_time -= checkpoint["seconds"]
 
     def critic_step():
         index = torch.randint(len(rows), (args.batch_size,), device=device)
@@ -1086,6 +1090,7 @@ def main(args):
             state = {
                 "stage": "agent",
                 "update": update,
+                "seconds": time.time() - start_time,
                 "agent": agent.state_dict(),
                 "obs_mean": obs_mean,
                 "obs_std": obs_std,

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -383,11 +384,13 @@ def test_updates_per_step_and_share_of_synthetic_rows(tmp_path, monkeypatch, upd
     assert (generation[60:420] == 1e3 + 120).all() and (generation[420:] == 1e3 + 240).all()  # replaced, not added
 
 
-def test_diffusion_leaves_environment_and_agent_alone(tmp_path):
+@pytest.mark.parametrize("options", [dict(), dict(warm_start=True, patience=1, terminals="classifier")])
+def test_diffusion_leaves_environment_and_agent_alone(tmp_path, monkeypatch, options):
     """With a synthetic share of 0, a run with diffusion stages stores and learns the same as one without."""
-    folders = [
-        run(tmp_path / algo, env="Hopper-v4", algo=algo, synther_ratio=0.0, **TINY) for algo in ("synther", "sac")
-    ]
+    relabel = edm.relabel_terminals
+    monkeypatch.setattr(edm, "relabel_terminals", lambda *a, **k: relabel(*a, **k, steps=50))
+    options = TINY | dict(env="Hopper-v4", synther_ratio=0.0) | options
+    folders = [run(tmp_path / algo, algo=algo, **options) for algo in ("synther", "sac")]
     assert [(folder / "synthetic.npz").exists() for folder in folders] == [True, False]
     with_stages, without = map(checkpoint, folders)
     for key in ("replay", "timeouts", "agent", "rng", "obs", "evaluations"):
@@ -467,6 +470,39 @@ def test_warm_start_and_patience_reach_the_training(tmp_path, monkeypatch):
     assert_same_state(second["result"].state_dict(), edm.load_edm(folder / "diffusion.pt").state_dict())
 
 
+@pytest.mark.parametrize("terminals", ["column", "classifier"])
+def test_terminals_of_generated_rows_are_zero_or_one(tmp_path, monkeypatch, terminals):
+    """What the model draws is a real number; cut at 0.5, or judged by the classifier."""
+
+    def generate(model, num_samples, **options):
+        options["partial_path"].touch()
+        return torch.randn(num_samples, 27) * torch.cat([torch.ones(26), torch.tensor([0.3])]) + 0.4
+
+    used, relabel, sample_batches = [], edm.relabel_terminals, synther_sac_online.sample_batches
+    monkeypatch.setattr(edm, "generate", generate)
+    monkeypatch.setattr(
+        edm, "relabel_terminals", lambda *a, **k: used.append("classifier") or relabel(*a, **k, steps=50)
+    )
+    monkeypatch.setattr(
+        synther_sac_online, "sample_batches", lambda *args: used.append(args[1].clone()) or sample_batches(*args)
+    )
+    run(tmp_path, env="Hopper-v4", **TINY | dict(eval_episodes=0, terminals=terminals))
+    flags = used[-1][:, -1]
+    assert len(flags) == 500 and ("classifier" in used) == (terminals == "classifier")
+    assert ((flags == 0) | (flags == 1)).all()
+    if terminals == "column":
+        assert 0.3 < flags.mean() < 0.45  # P(0.4 + 0.3 n > 0.5) = 0.37
+
+
+def test_target_entropy_may_be_negative():
+    args = synther_sac_online.resolve(Args(algo="redq", target_entropy=-1.0))
+    synther_sac_online.check_args(args)
+    assert SAC(3, 2, args, "cpu").target_entropy == -1
+    assert SAC(3, 2, replace(args, target_entropy=None), "cpu").target_entropy == -2
+    with pytest.raises(RunError, match="--target-entropy must be finite"):
+        synther_sac_online.check_args(replace(args, target_entropy=math.nan))
+
+
 def test_actions_are_random_first_and_then_the_policys(tmp_path, monkeypatch):
     """The first learning_starts + 1 from the whole range, all others sampled, not the mean."""
     sampled, sample = [], TanhGaussianActor.sample
@@ -502,11 +538,39 @@ class ForgetfulPoint(PointEnv):
         return answer
 
 
+class GoalPoint(PointEnv):
+    """Its reward depends on a goal in a place where nobody would look for it; its observations do not."""
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.goals = [self.np_random.uniform(-1, 1, 2)]
+        return obs, info
+
+    def step(self, action):
+        obs, _, *others = super().step(action)
+        return obs, -float(np.linalg.norm(obs - self.goals[0])), *others
+
+
+class LockedPoint(PointEnv):
+    """Its state cannot be pickled."""
+
+    def reset(self, seed=None, options=None):
+        self.locks = np.array([lambda: None])
+        return super().reset(seed=seed)
+
+
 gym.register("ForgetfulPoint-v0", ForgetfulPoint, max_episode_steps=30)
+gym.register("GoalPoint-v0", GoalPoint, max_episode_steps=30)
+gym.register("LockedPoint-v0", LockedPoint, max_episode_steps=30)
 
 
-def test_resume_begins_a_new_episode_where_the_state_is_out_of_reach(tmp_path, monkeypatch):
-    assert synther_sac_online.can_restore("Point-v0") and not synther_sac_online.can_restore("ForgetfulPoint-v0")
+@pytest.mark.parametrize("env_id", ["ForgetfulPoint-v0", "GoalPoint-v0", "LockedPoint-v0"])
+def test_state_out_of_reach_is_noticed(env_id):
+    assert synther_sac_online.can_restore("Point-v0") and not synther_sac_online.can_restore(env_id)
+
+
+@pytest.mark.parametrize("env_id", ["ForgetfulPoint-v0", "LockedPoint-v0"])
+def test_resume_begins_a_new_episode_where_the_state_is_out_of_reach(tmp_path, monkeypatch, env_id):
     options = TINY | dict(eval_episodes=0, checkpoint_every=100, algo="sac")
 
     def stop(self, batch, with_actor):
@@ -516,7 +580,7 @@ def test_resume_begins_a_new_episode_where_the_state_is_out_of_reach(tmp_path, m
         calls = []
         update = SAC.update
         patch.setattr(SAC, "update", lambda *a, **k: calls.append(0) or (stop if len(calls) > 215 else update)(*a, **k))
-        run(tmp_path, env="ForgetfulPoint-v0", **options)
+        run(tmp_path, env=env_id, **options)
     (folder,) = tmp_path.glob("*__*")
     assert checkpoint(folder)["step"] == 200
     synther_sac_online.main(Args(resume=str(folder)))
@@ -612,6 +676,16 @@ def test_saved_dataset_of_dmc(tmp_path, monkeypatch):
     np.testing.assert_array_equal(synther_td3bc.load_transitions("test/reacher-v0")["rewards"], rows[:, 8].numpy())
 
 
+def test_run_saves_a_minari_dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    options = TINY | dict(env="Hopper-v4", algo="sac", eval_episodes=0, save_dataset="test/run-v0")
+    rows = checkpoint(run(tmp_path, **options))["replay"]
+    data = edm.pack(**synther_td3bc.load_transitions("test/run-v0"))
+    assert torch.equal(data, rows)
+    with pytest.raises(RunError, match="exists"):
+        run(tmp_path, **options)
+
+
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
@@ -696,6 +770,10 @@ def sampling(folder):
     return path.exists() and path.stat().st_size > 15_000 * 4 * 27 and not (folder / "diffusion.pt").exists()
 
 
+def generated(folder):
+    return (folder / "synthetic.npz").exists() and saved_step(folder) == 330
+
+
 def learning_from_both(folder):
     return saved_step(folder) == 450
 
@@ -714,7 +792,7 @@ def test_killed_run_equals_uninterrupted(tmp_path):
 
     folder = wait_and_kill(command(*options), killed_dir, learning)
     resume = ["--resume", str(folder)]
-    for ready in (training_diffusion, sampling, learning_from_both):
+    for ready in (training_diffusion, sampling, generated, learning_from_both):
         wait_and_kill(command(*resume), killed_dir, ready)
     subprocess.run(command(*resume), cwd=killed_dir, capture_output=True, check=True, timeout=200)
 

@@ -1,13 +1,14 @@
 """Compare runs of any script: mean and standard deviation over seeds, as a table and as learning curves.
 
     python tests/paper/compare.py runs/walker2d* --out comparison.png
-    python tests/paper/compare.py runs/HalfCheetah* --wall-clock --out online.png
+    python tests/paper/compare.py runs/HalfCheetah* runs/dmc* --wall-clock --out online.png
 
-Runs whose folders differ in seed and time only are one line.
+Runs that differ in their seed only are one line, named after the arguments in which the lines differ. Each environment
+has its own panel.
 """
 
 import csv
-import re
+import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+NOT_SETTINGS = {"seed", "device", "out_dir", "track", "wandb_project", "wandb_entity", "resume", "compile"} | {
+    "checkpoint_every", "save_dataset"
+}  # fmt: skip
+
 
 @dataclass
 class Args:
@@ -29,12 +34,12 @@ class Args:
     out: str = "comparison.png"
     """the plot to write"""
     wall_clock: bool = False
-    """a second panel over the minutes since the start of each run"""
+    """a second panel over the minutes since the start of each run, evaluations included"""
 
 
 def minutes(run):
     """Minutes since the start of a run at each of its evaluations."""
-    with open(Path(run) / "metrics.csv") as f:
+    with open(run / "metrics.csv") as f:
         return np.array([float(row["value"]) / 60 for row in csv.DictReader(f) if row["key"] == "perf/seconds"])
 
 
@@ -45,34 +50,46 @@ def draw(ax, x, y, label):
 
 
 def main(args):
-    groups = defaultdict(list)
-    for run in sorted(args.runs):
-        if (Path(run) / "final_returns.npz").exists():  # the run has ended
-            groups[re.sub(r"__\d+__\d+$", "", Path(run).name)].append(run)
-    if not groups:
+    found = defaultdict(lambda: defaultdict(dict))  # environment -> settings -> seed -> folder
+    for run in map(Path, sorted(args.runs)):
+        if (run / "final_returns.npz").exists():  # the run has ended
+            settings = json.loads((run / "args.json").read_text())
+            key = tuple((k, str(v)) for k, v in settings.items() if k not in NOT_SETTINGS)
+            seeds = found[settings["env"]][key]
+            if settings["seed"] in seeds:
+                sys.exit(f"{run} and {seeds[settings['seed']]} are the same experiment")
+            seeds[settings["seed"]] = run
+    if not found:
         sys.exit("no finished run among these folders")
-    fig, axes = plt.subplots(1, 1 + args.wall_clock, figsize=(6 + 5 * args.wall_clock, 4), layout="constrained")
-    axes = np.atleast_1d(axes)
-    print("| runs | seeds | last score | mean of the last three evaluations | best |")
-    print("|---|---|---|---|---|")
-    for name, runs in groups.items():
-        finals = [np.load(Path(run) / "final_returns.npz") for run in runs]
-        unit = "updates" if "updates" in finals[0] else "steps"
-        key = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
-        scores = np.stack([final[key].mean(1) for final in finals])  # [seeds, evaluations]
-        columns = scores[:, -1], scores[:, -3:].mean(1), scores.max(1)
-        print(f"| {name} | {len(scores)} | " + " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in columns) + " |")
-        label = f"{name.split('__')[-1]} ({len(scores)} seeds)"
-        draw(axes[0], finals[0][unit], scores, label)
+    size = (6 + 5 * args.wall_clock, 4 * len(found))
+    fig, axes = plt.subplots(len(found), 1 + args.wall_clock, figsize=size, squeeze=False, layout="constrained")
+    print("| environment | runs | seeds | after | last score | mean of the last three evaluations | best |")
+    print("|---|---|---|---|---|---|---|")
+    for row, (env_id, groups) in zip(axes, found.items()):
+        for key, runs in groups.items():
+            others = [set(other) for other in groups]
+            differ = {k: v for k, v in key if len(groups) > 1 and not all((k, v) in other for other in others)}
+            label = differ.get("exp_name") or ", ".join(f"{k}={v}" for k, v in differ.items()) or dict(key)["exp_name"]
+            finals = [np.load(run / "final_returns.npz") for run in runs.values()]
+            unit = "updates" if "updates" in finals[0] else "steps"
+            name = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
+            scores = np.stack([final[name].mean(1) for final in finals])  # [seeds, evaluations]
+            columns = scores[:, -1], scores[:, -3:].mean(1), scores.max(1)
+            print(
+                f"| {env_id} | {label} | {len(scores)} | {finals[0][unit][-1]:,} {unit} | "
+                + " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in columns)
+                + " |"
+            )
+            draw(row[0], finals[0][unit], scores, label)
+            if args.wall_clock:
+                draw(row[1], np.mean([minutes(run) for run in runs.values()], axis=0), scores, label)
+        row[0].set(xlabel=unit if unit == "updates" else "environment steps", title=env_id)
+        row[0].set(ylabel="return" if name == "returns" else "normalised score")
         if args.wall_clock:
-            draw(axes[1], np.mean([minutes(run) for run in runs], axis=0), scores, label)
-    axes[0].set(xlabel=unit if unit == "updates" else "environment steps")
-    axes[0].set(ylabel="return" if key == "returns" else "normalised score", title=next(iter(groups)).split("__")[0])
-    if args.wall_clock:
-        axes[1].set(xlabel="minutes")
-    axes[0].legend()
+            row[1].set(xlabel="minutes")
+        row[0].legend()
     fig.savefig(args.out, dpi=100)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -82,7 +82,8 @@ class Args:
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
     normalize_reward: Optional[bool] = None
-    """scale rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 (paper: never)"""
+    """scale the agent's rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 instead (paper:
+    never)"""
     terminals: Literal["column", "classifier"] = "column"
     """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
     d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
@@ -400,8 +401,9 @@ def load_dataset(args):
     else:
         raise edm.RunError(
             f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, "
-            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, -medium-v1, -large-v1; "
-            "antmaze-umaze-v2, ...), a Minari id such as mujoco/hopper/medium-v0, or a file with --dataset-path"
+            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, maze2d-medium-v1, "
+            "maze2d-large-v1; antmaze-umaze-v2, antmaze-medium-play-v2, ...), a Minari id such as "
+            "mujoco/hopper/medium-v0, or a file with --dataset-path"
         )
     return data, env_id
 
@@ -540,8 +542,8 @@ class Maze2d(gym.Env):
 class AntMaze(gym.Env):
     """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
 
-    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, which
-    also ends the episode. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, and
+    the end of the episode with it. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
@@ -684,7 +686,7 @@ def evaluate(policy, envs, seed):
 
 # Differs from synther_sac_online.TanhGaussianActor: EDAC's range of standard deviations, and any bound of the actions
 class TanhGaussianActor(nn.Module):
-    """Stochastic policy: observations [batch, obs_dim] -> a Gaussian, squashed by a tanh to actions within max_action."""
+    """Stochastic policy: observations [batch, obs_dim] -> a Gaussian, squashed by a tanh to +-max_action."""
 
     def __init__(self, obs_dim, act_dim, hidden_dim, hidden_layers, max_action):
         super().__init__()
@@ -758,9 +760,9 @@ def critic_gradients(critic, x, target, act_dim, eta):
     divided by its length. Over N critics sum_{i != j} e_i . e_j = |sum_i e_i|^2 - sum_i |e_i|^2: no pairs are needed.
 
     With h the inputs of the layers, and v the gradients of Q by their outputs (found on the way back to g), Q's part of
-    the gradient by a layer's weights is h^T c v, with c = dL/dQ of each row. The gradient g = v_0 W_0^T is linear in every
-    W, so that ES's part is u^T v, where u is dES/dg, sent forward through the same layers with the ReLUs as they stood.
-    Both are one product: (c h + eta u)^T v.
+    the gradient by a layer's weights is h^T c v, with c = dL/dQ of each row. The gradient g = v_0 W_0^T is linear in
+    every W, so that ES's part is u^T v, where u is dES/dg, sent forward through the same layers with the ReLUs as they
+    stood. Both are one product: (c h + eta u)^T v.
 
     Args:
         x [batch, obs_dim + act_dim], target [batch].
@@ -800,8 +802,8 @@ def critic_gradients(critic, x, target, act_dim, eta):
 
 
 class EDAC:
-    """Ensemble-diversified actor-critic (An et al. 2021), CORL's update order. An update touches tensors only: no
-    logging, no waiting.
+    """Ensemble-diversified actor-critic (An et al. 2021), CORL's order. An update touches tensors only: no logging, no
+    waiting.
 
     A batch holds rows [s, a, r, s', d] of `edm.pack`.
     """
@@ -926,9 +928,12 @@ def check_numbers(args):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
+        if name == "target_entropy":
+            if not math.isfinite(value):
+                raise edm.RunError(f"--target-entropy must be finite, not {value}")
+        elif name in MAY_BE_ZERO and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if name not in MAY_BE_ZERO and not 0 < value < math.inf:
+        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if name in ("discount", "tau", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")

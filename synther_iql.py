@@ -82,8 +82,8 @@ class Args:
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
     normalize_reward: Optional[bool] = None
-    """scale rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 (CORL; paper: hopper-medium,
-    hopper-medium-replay, antmaze)"""
+    """scale the agent's rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 instead (paper:
+    hopper-medium, hopper-medium-replay and antmaze)"""
     terminals: Literal["column", "classifier"] = "column"
     """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
     d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
@@ -150,10 +150,11 @@ class Args:
 DEFAULTS = {
     r".*": dict(
         diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=5_000_000, updates=1_000_000,
-        tau=0.005, expectile=0.7, beta=3.0, deterministic=False, eval_every=5_000, eval_episodes=10, checkpoint_every=10_000, normalize_reward=False,
+        tau=0.005, expectile=0.7, beta=3.0, deterministic=False, eval_every=5_000, eval_episodes=10,
+        checkpoint_every=10_000, normalize_reward=False,
     ),
     r"halfcheetah-medium-expert|hopper-medium-v2|hopper-medium-expert": dict(diffusion_width=2048),
-    r"hopper-medium-(replay-|mixed-)?v2": dict(tau=0.001, deterministic=True, normalize_reward=True),
+    r"hopper-(medium|medium-replay|mixed)-v2": dict(tau=0.001, deterministic=True, normalize_reward=True),
     r"hopper-medium-expert": dict(expectile=0.5, beta=6.0),
     r"maze2d|antmaze": dict(eval_episodes=100),
     r"antmaze": dict(normalize_reward=True, expectile=0.9, beta=10.0),
@@ -405,8 +406,9 @@ def load_dataset(args):
     else:
         raise edm.RunError(
             f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, "
-            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, -medium-v1, -large-v1; "
-            "antmaze-umaze-v2, ...), a Minari id such as mujoco/hopper/medium-v0, or a file with --dataset-path"
+            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, maze2d-medium-v1, "
+            "maze2d-large-v1; antmaze-umaze-v2, antmaze-medium-play-v2, ...), a Minari id such as "
+            "mujoco/hopper/medium-v0, or a file with --dataset-path"
         )
     return data, env_id
 
@@ -545,8 +547,8 @@ class Maze2d(gym.Env):
 class AntMaze(gym.Env):
     """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
 
-    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, which
-    also ends the episode. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, and
+    the end of the episode with it. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
@@ -687,6 +689,7 @@ def evaluate(policy, envs, seed):
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
+# Differs from synther_td3bc.Actor: Gaussian, or deterministic
 class Actor(nn.Module):
     """IQL's policy: normalised observations [batch, obs_dim] -> actions [batch, act_dim].
 
@@ -742,8 +745,7 @@ LOSSES = ("critic_loss", "value_loss", "actor_loss")
 
 
 class IQL:
-    """Implicit Q-learning (Kostrikov et al. 2021), CORL's update order. An update touches tensors only: no logging, no
-    waiting.
+    """Implicit Q-learning (Kostrikov et al. 2021), CORL's order. An update touches tensors only, without waiting.
 
     A batch holds rows [s, a, r, s', d] of `edm.pack`, the states normalised.
     """
@@ -765,10 +767,8 @@ class IQL:
 
     def anneal(self, update):
         """Set the actor's learning rate for an update, counted from 0: a cosine that falls to 0 at the end."""
-        group, lr = (
-            self.actor_optimizer.param_groups[0],
-            edm.cosine_lr(self.args.learning_rate, update, self.args.updates),
-        )
+        group = self.actor_optimizer.param_groups[0]
+        lr = edm.cosine_lr(self.args.learning_rate, update, self.args.updates)
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(lr)  # where a CUDA graph reads it
         else:
@@ -870,9 +870,12 @@ def check_numbers(args):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name in MAY_BE_ZERO and not 0 <= value < math.inf:
+        if name == "target_entropy":
+            if not math.isfinite(value):
+                raise edm.RunError(f"--target-entropy must be finite, not {value}")
+        elif name in MAY_BE_ZERO and not 0 <= value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if name not in MAY_BE_ZERO and not 0 < value < math.inf:
+        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if name in ("discount", "tau", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")

@@ -87,7 +87,8 @@ class Args:
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
     normalize_reward: Optional[bool] = None
-    """scale rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 (CORL; paper: antmaze only)"""
+    """scale the agent's rewards by 1000 over the range of the dataset's returns; in antmaze subtract 1 instead (paper:
+    antmaze only)"""
     terminals: Literal["column", "classifier"] = "column"
     """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
     d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
@@ -399,8 +400,9 @@ def load_dataset(args):
     else:
         raise edm.RunError(
             f"unknown dataset {args.env}: give a D4RL name (halfcheetah, hopper or walker2d, then -random, -medium, "
-            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, -medium-v1, -large-v1; "
-            "antmaze-umaze-v2, ...), a Minari id such as mujoco/hopper/medium-v0, or a file with --dataset-path"
+            "-expert, -medium-replay, -full-replay or -medium-expert, then -v2; maze2d-umaze-v1, maze2d-medium-v1, "
+            "maze2d-large-v1; antmaze-umaze-v2, antmaze-medium-play-v2, ...), a Minari id such as "
+            "mujoco/hopper/medium-v0, or a file with --dataset-path"
         )
     return data, env_id
 
@@ -531,8 +533,8 @@ class Maze2d(gym.Env):
 class AntMaze(gym.Env):
     """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
 
-    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, which
-    also ends the episode. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, and
+    the end of the episode with it. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)

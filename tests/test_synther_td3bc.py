@@ -367,15 +367,16 @@ def test_second_address_is_tried(server):
 def test_subsample(tmp_path, subsample, count):
     data = transitions(40)
     args = Args(env="Pendulum-v1", dataset_path=write_npz(tmp_path / "data.npz", data), subsample=subsample)
-    subset, _ = synther_td3bc.load_dataset(args)
+    loaded, _ = synther_td3bc.load_dataset(args)
+    subset = synther_td3bc.subsample(loaded, args)
     rows = [data["rewards"].astype(np.float32).tolist().index(r) for r in subset["rewards"]]
     assert len(rows) == len(set(rows)) == count
     assert_same_data(subset, {k: x[rows] for k, x in data.items()})  # rows stay whole
-    same, _ = synther_td3bc.load_dataset(replace(args, seed=5))
+    same = synther_td3bc.subsample(loaded, replace(args, seed=5))
     np.testing.assert_array_equal(same["rewards"], subset["rewards"])  # whatever the agent's seed
     if count == 10:
         assert max(rows) - min(rows) > 15  # not the first or last ones
-        other, _ = synther_td3bc.load_dataset(replace(args, diffusion_seed=5))
+        other = synther_td3bc.subsample(loaded, replace(args, diffusion_seed=5))
         assert set(other["rewards"]) != set(subset["rewards"])
 
 
@@ -385,7 +386,7 @@ def test_bad_subsample(tmp_path, subsample):
     args = Args(env="Pendulum-v1", dataset_path=path, subsample=subsample)
     with pytest.raises(RunError, match="subsample"):
         synther_td3bc.check_args(args)
-        synther_td3bc.load_dataset(args)
+        synther_td3bc.subsample(synther_td3bc.load_dataset(args)[0], args)
 
 
 def test_bundled_dataset():

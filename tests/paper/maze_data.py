@@ -4,7 +4,7 @@
     python synther_td3bc.py --env maze2d-umaze-v1 --dataset-path maze2d_umaze.hdf5
 
 As in D4RL, one long walk to goals drawn at random, on the shortest path over cells, by a proportional-derivative
-controller with noise; `timeouts` mark arrivals, nothing terminates, and the reward of a row is that of its own position.
+controller with noise; `timeouts` mark arrivals, nothing terminates, and a row's reward is that of its own position.
 """
 
 import sys
@@ -87,7 +87,8 @@ def main(args):
 
     edm.save_atomically(Path(args.out), write)
     print(
-        f"{args.out}: {args.steps:,} rows, {arrays['timeouts'].sum()} arrivals, mean reward {arrays['rewards'].mean():.3f}"
+        f"{args.out}: {args.steps:,} rows, {arrays['timeouts'].sum()} arrivals, "
+        f"mean reward {arrays['rewards'].mean():.3f}"
     )
 
 

@@ -777,6 +777,7 @@ def test_another_agent_on_the_same_synthetic_data(quickstart, tmp_path):
     with np.load(folder / "final_returns.npz") as again, np.load(quickstart / "final_returns.npz") as first:
         np.testing.assert_array_equal(again["returns"], first["returns"])  # the same agent, in fact
     checkpoints = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, quickstart)]
+    assert checkpoints[0].pop("seconds") < checkpoints[1].pop("seconds")  # without the diffusion model
     assert_same_state(*checkpoints)
 
 

@@ -117,7 +117,7 @@ class Args:
 
     # the agent (Appendix D: CORL's values)
     updates: Optional[int] = None
-    """gradient updates (paper: 3,000,000)"""
+    """gradient updates (paper: 3,000,000; quickstart: 5,000)"""
     batch_size: int = 256
     """transitions per update (paper: 256)"""
     hidden_dim: int = 256
@@ -138,7 +138,7 @@ class Args:
     eval_every: Optional[int] = None
     """updates between evaluations (paper and quickstart: 5,000)"""
     eval_episodes: Optional[int] = None
-    """episodes per evaluation (paper: 10, and 100 in mazes); 0 skips evaluation"""
+    """episodes per evaluation (paper: 10); 0 skips evaluation"""
     checkpoint_every: Optional[int] = None
     """steps or updates between checkpoints (default: 10,000; quickstart: 1,000)"""
 
@@ -1140,6 +1140,7 @@ def main(args):
             agent.load_state_dict(checkpoint["agent"])
             losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]
             edm.set_rng_state(checkpoint["rng"], device)
+            start_time -= checkpoint["seconds"]
 
     def train_step():
         index = torch.randint(len(rows), (args.batch_size,), device=device)
@@ -1187,6 +1188,7 @@ def main(args):
             state = {
                 "stage": "agent",
                 "update": update,
+                "seconds": time.time() - start_time,
                 "agent": agent.state_dict(),
                 "losses": losses,
                 "evaluations": evaluations,

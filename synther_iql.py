@@ -1085,6 +1085,7 @@ def main(args):
             agent.load_state_dict(checkpoint["agent"])
             losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]
             edm.set_rng_state(checkpoint["rng"], device)
+            start_time -= checkpoint["seconds"]
 
     def train_step():
         index = torch.randint(len(rows), (args.batch_size,), device=device)
@@ -1133,6 +1134,7 @@ def main(args):
             state = {
                 "stage": "agent",
                 "update": update,
+                "seconds": time.time() - start_time,
                 "agent": agent.state_dict(),
                 "obs_mean": obs_mean,
                 "obs_std": obs_std,

@@ -121,14 +121,14 @@ class Args:
     terminals: Literal["column", "classifier"] = "column"
     """terminals of generated rows: the diffusion model's last column above 0.5 (the paper's), or a small classifier of
     d from (s, a, r, s'), better where terminals are rare"""
-    normalize_reward: Optional[bool] = None
+    standardize_reward: Optional[bool] = None
     """standardise the reward for the diffusion model (paper: all columns; official code: not on DeepMind Control)"""
     diffusion_steps: Optional[int] = None
     """training steps of each diffusion model (paper: 100,000; Pendulum: 2,000)"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024; Pendulum: 256)"""
     diffusion_depth: int = 6
-    """residual blocks of the denoiser (paper: 6)"""
+    """residual blocks of the denoiser (paper: 6, Table 8)"""
     diffusion_batch_size: int = 256
     """rows per training step (paper: 256)"""
     diffusion_lr: Optional[float] = None
@@ -148,9 +148,9 @@ class Args:
 DEFAULTS = {
     r".*": dict(
         total_steps=100_000, learning_starts=5_000, eval_every=1_000, checkpoint_every=5_000, retrain_every=10_000,
-        normalize_reward=True, diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=1_000_000,
+        standardize_reward=True, diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=1_000_000,
     ),
-    r"dmc/": dict(total_steps=200_000, normalize_reward=False),
+    r"dmc/": dict(total_steps=200_000, standardize_reward=False),
     r"Pendulum": dict(
         total_steps=2_000, learning_starts=500, eval_every=250, checkpoint_every=500, retrain_every=500,
         diffusion_steps=2_000, diffusion_width=256, diffusion_lr=1e-3, num_samples=20_000,
@@ -663,7 +663,7 @@ def make_synthetic(args, replay, step, obs_dim, act_dim, run_dir, device, log):
     modelled, skip = real, [terminal]
     if args.env.startswith("dmc/"):
         modelled, skip = real[:, :terminal], []
-    if not args.normalize_reward:
+    if not args.standardize_reward:
         skip.append(reward)
     previous, last = run_dir / "diffusion.pt", {}
     start_time = time.time()

@@ -19,7 +19,7 @@ def make_agent(max_action=1.0, **options):
 
 @pytest.mark.parametrize("deterministic, tanh_mean", [(False, False), (False, True), (True, False)])
 def test_iql_equals_a_plain_implementation(float64, deterministic, tanh_mean):
-    """100 updates in CORL's order: value, critics, targets, policy; each network with its own optimiser and schedule."""
+    """100 updates in CORL's order: value, critics, targets, policy; each network with its own optimiser."""
     torch.manual_seed(0)
     options = dict(hidden_dim=16, batch_size=32, learning_rate=1e-3, expectile=0.8, beta=2.0, tau=0.01)
     agent, rows = make_agent(1.5, deterministic=deterministic, tanh_mean=tanh_mean, **options), agent_rows(500)

@@ -41,10 +41,10 @@ SCRIPT = Path(synther_sac_online.__file__)
     "env, algo, expected",
     [
         ("HalfCheetah-v4", "sac", dict(utd=1, num_q=2, total_steps=100_000, learning_starts=5_000)),
-        ("Walker2d-v4", "redq", dict(utd=20, num_q=10, eval_every=1_000, normalize_reward=True)),
+        ("Walker2d-v4", "redq", dict(utd=20, num_q=10, eval_every=1_000, standardize_reward=True)),
         ("Hopper-v4", "synther", dict(utd=20, num_q=2, retrain_every=10_000, num_samples=1_000_000)),
         ("Hopper-v4", "synther", dict(diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4)),
-        ("dmc/cheetah-run", "synther", dict(utd=20, num_q=2, total_steps=200_000, normalize_reward=False)),
+        ("dmc/cheetah-run", "synther", dict(utd=20, num_q=2, total_steps=200_000, standardize_reward=False)),
     ],
 )
 def test_values_of_the_paper(env, algo, expected):
@@ -345,7 +345,7 @@ def test_run_folder_and_log(tmp_path):
         assert final["steps"].tolist() == [0, 100, 200, 260] and final["returns"].shape == (4, 1)
         np.testing.assert_allclose(final["normalized_scores"], final["returns"] / 10)
     args = json.loads((folder / "args.json").read_text())
-    assert args["normalize_reward"] is False and args["num_q"] == 2
+    assert args["standardize_reward"] is False and args["num_q"] == 2
     model = edm.load_edm(folder / "diffusion.pt")
     assert model.dim == 6 + 2 + 1 + 6  # no terminal on DeepMind Control
     assert (model.mean[8], model.std[8]) == (0, 1) and (model.std[:8] != 1).all()  # nor is the reward standardised
@@ -461,7 +461,7 @@ def test_warm_start_and_patience_reach_the_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(edm, "train_edm", recording_train_edm)
     options = TINY | dict(eval_episodes=0, total_steps=250, warm_start=True, patience=3)
-    folder = run(tmp_path, env="Pendulum-v1", normalize_reward=False, **options)
+    folder = run(tmp_path, env="Pendulum-v1", standardize_reward=False, **options)
     first, second = calls
     assert first["init"] is None and first["patience"] == second["patience"] == 3
     assert_same_state(second["init"].state_dict(), first["result"].state_dict())

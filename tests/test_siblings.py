@@ -1,0 +1,278 @@
+"""Tests of what the scripts share: arguments, run folders, log keys; whole runs of synther_iql.py and synther_edac.py.
+
+What is copied from synther_td3bc.py word for word (test_copies.py) is tested there.
+"""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_state, collect_random, flags, read_metrics, transitions, wait_and_kill, write_npz
+
+import edm
+import synther_edac
+import synther_iql
+import synther_td3bc
+from edm import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("synther_*.py"))]
+OFFLINE = [synther_td3bc, synther_iql, synther_edac]
+SIBLINGS = OFFLINE[1:]
+IDS = dict(ids=lambda module: module.__name__)
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+OWN_WORDS = {  # arguments whose text or default names what is peculiar to a script
+    "env", "seed", "exp_name", "resume", "diffusion_steps", "diffusion_width", "diffusion_batch_size", "diffusion_lr",
+    "num_samples", "data", "normalize_reward", "terminals", "updates", "batch_size", "hidden_dim", "hidden_layers",
+    "learning_rate", "tau", "eval_every", "eval_episodes", "checkpoint_every",
+}  # fmt: skip
+
+
+def arguments(script):
+    """{name: (type, default, docstring)} of the command line, docstrings from the source."""
+    source = Path(script.__file__).read_text()
+    body = source[source.index("class Args:") : source.index("\n\n\n", source.index("class Args:"))]
+    hints, found = typing.get_type_hints(script.Args), {}
+    for field in dataclasses.fields(script.Args):
+        text = body[body.index(f"\n    {field.name}: ") :]
+        found[field.name] = (hints[field.name], field.default, " ".join(text.split('"""')[1].split()))
+    return found
+
+
+def test_shared_arguments_agree():
+    """Arguments of one name have one kind of value in all scripts, and, but for those listed, one text and default."""
+    tables = {script.__name__: arguments(script) for script in SCRIPTS}
+    for name in set().union(*tables.values()):
+        entries = {script: table[name] for script, table in tables.items() if name in table}
+        kinds = {typing.Optional[entry[0]] for entry in entries.values()}
+        assert len(kinds) == 1, (name, entries)
+        if name not in OWN_WORDS:
+            assert len(set(entries.values())) == 1, (name, entries)
+
+
+def test_every_argument_says_what_the_paper_does():
+    for script in SCRIPTS:
+        for name, (_, _, text) in arguments(script).items():
+            assert len(text) > 15, (script.__name__, name)
+
+
+def test_offline_scripts_share_arguments():
+    """Outside the agent, the three offline scripts have the same arguments in the same order, and the same sections."""
+    agents = {
+        "policy_noise", "noise_clip", "policy_freq", "alpha", "expectile", "beta", "deterministic", "tanh_mean",
+        "num_critics", "eta",
+    }  # fmt: skip
+    orders = [[name for name in arguments(script) if name not in agents] for script in OFFLINE]
+    assert orders[0] == orders[1] == orders[2]
+    sections = [
+        [line for line in Path(script.__file__).read_text().splitlines() if line.startswith("# --- ")]
+        for script in OFFLINE
+    ]
+    assert sections[0] == sections[1] == sections[2] and len(sections[0]) == 6
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------------
+
+TINY = dict(
+    device="cpu", diffusion_steps=500, diffusion_width=32, diffusion_depth=2, diffusion_batch_size=64,
+    num_samples=1_500, sample_batch_size=1_000, updates=1_000, hidden_dim=16, batch_size=32, eval_every=500,
+    eval_episodes=2, subsample=2_000,
+)  # fmt: skip
+
+
+def run(script, out_dir, **options):
+    """main() with these arguments; returns the run folder."""
+    before = set(Path(out_dir).glob("*__*"))
+    script.main(script.Args(out_dir=str(out_dir), **options))
+    (folder,) = set(Path(out_dir).glob("*__*")) - before
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstarts(tmp_path_factory):
+    """{script: folder of a small run of its default command}; the siblings use the first one's synthetic data."""
+    folders = {}
+    for script in OFFLINE:
+        folders[script] = run(script, tmp_path_factory.mktemp("runs"), seed=3, **TINY)
+    return folders
+
+
+@pytest.mark.parametrize("script", SIBLINGS, **IDS)
+def test_same_files_and_log_keys(quickstarts, script):
+    folder, other = quickstarts[script], quickstarts[synther_td3bc]
+    assert folder.name.startswith(f"quickstart__{script.__name__}__3__")
+    assert {p.name for p in folder.iterdir()} == {p.name for p in other.iterdir()}
+    keys, others = ({key for _, key in read_metrics(f)} for f in (folder, other))
+    assert keys - others == {f"train/{name}" for name in script.LOSSES} - others and others <= keys
+    with np.load(folder / "final_returns.npz") as a, np.load(other / "final_returns.npz") as b:
+        assert a.files == b.files and all(a[key].shape == b[key].shape for key in a.files)
+    args = json.loads((folder / "args.json").read_text())
+    assert None not in [args[name] for name in args if name not in ("dataset_path", "wandb_entity", "resume")] or (
+        {name for name in args if args[name] is None}
+        <= {"dataset_path", "wandb_entity", "resume", "synthetic_path", "sample_batch_size"}
+    )
+
+
+@pytest.mark.parametrize("script", SIBLINGS, **IDS)
+def test_same_synthetic_data_for_all_agents(quickstarts, tmp_path, script):
+    """The diffusion stage is the same in all offline scripts, so that any can use another's samples."""
+    folder, other = quickstarts[script], quickstarts[synther_td3bc]
+    with np.load(folder / "synthetic.npz") as a, np.load(other / "synthetic.npz") as b:
+        for key in b.files:
+            np.testing.assert_array_equal(a[key], b[key])
+    again = run(script, tmp_path, seed=3, synthetic_path=str(other / "synthetic.npz"), **TINY)
+    checkpoints = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (again, folder)]
+    for checkpoint in checkpoints:
+        checkpoint.pop("seconds")
+    assert_same_state(*checkpoints)
+
+
+@pytest.mark.parametrize("script", OFFLINE, **IDS)
+def test_agent_learns_from_synthetic_data(tmp_path, script):
+    """From random data alone, each agent comes closer to the best policy of a simple task."""
+    data = write_npz(tmp_path / "data.npz", collect_random("Point-v0", 5_000))
+    options = dict(
+        env="Point-v0", dataset_path=data, diffusion_steps=1_500, diffusion_width=64, diffusion_depth=2,
+        diffusion_lr=3e-3, num_samples=10_000, updates=2_000, hidden_dim=64, batch_size=128, learning_rate=1e-3,
+        tau=0.02, discount=0.8, eval_every=2_000, eval_episodes=20, device="cpu",
+    )  # fmt: skip
+    options |= {
+        synther_td3bc: dict(alpha=100.0), synther_iql: dict(beta=30.0), synther_edac: dict(eta=0.1, num_critics=2, updates=3_000, eval_every=3_000),
+    }[script]  # fmt: skip
+    folder = run(script, tmp_path / "runs", **options)
+    trained = np.load(folder / "final_returns.npz")["returns"][-1].mean()
+    envs = [script.make_env("Point-v0") for _ in range(20)]
+    torch.manual_seed(0)
+    chance = script.evaluate(lambda obs: 2 * torch.rand_like(obs) - 1, envs, seed=0).mean()
+    best = script.evaluate(lambda obs: (-10 * obs).clamp(-1, 1), envs, seed=0).mean()
+    assert (trained - chance) / (best - chance) > 0.7, (chance, trained, best)
+
+
+@pytest.mark.parametrize("script", OFFLINE, **IDS)
+def test_what_the_agent_gets(tmp_path, monkeypatch, script):
+    """States are normalised by the real data's statistics, but not for EDAC; rewards are scaled if asked."""
+    rng, batches = np.random.default_rng(0), []
+    data = transitions(400, act_dim=1) | {"rewards": rng.uniform(0, 1, 400), "terminals": np.arange(400) % 20 == 19}
+    data["observations"] = 5 + 2 * data["observations"]
+    agent = {synther_td3bc: "TD3BC", synther_iql: "IQL", synther_edac: "EDAC"}[script]
+    update = "update_critic" if script is synther_td3bc else "update"
+    original = getattr(getattr(script, agent), update)
+
+    def recording(self, batch):
+        batches.append(batch.clone())
+        return original(self, batch)
+
+    monkeypatch.setattr(getattr(script, agent), update, recording)
+    options = dict(env="Pendulum-v1", dataset_path=write_npz(tmp_path / "data.npz", data), data="real", updates=50)
+    options |= dict(hidden_dim=8, eval_episodes=0, device="cpu", normalize_reward=True)
+    run(script, tmp_path, **options)
+    seen = torch.cat(batches)
+    mean, std = (5, 2) if script is synther_edac else (0, 1)
+    assert seen[:, :3].mean().item() == pytest.approx(mean, abs=0.2)
+    assert seen[:, :3].std().item() == pytest.approx(std, rel=0.1)
+    returns = data["rewards"].reshape(20, 20).sum(1)
+    scale = 1000 / (returns.max() - returns.min())
+    np.testing.assert_allclose(np.unique(seen[:, 4]), np.unique(scale * data["rewards"]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", SIBLINGS, **IDS)
+def test_diverging_agent_stops_the_run(tmp_path, script):
+    path = write_npz(tmp_path / "data.npz", transitions(100, act_dim=1))
+    options = TINY | dict(env="Pendulum-v1", dataset_path=path, data="real", learning_rate=1e30, subsample=None)
+    with pytest.raises(RunError, match="loss of the agent .* between updates 0 and 1000"):
+        run(script, tmp_path / "runs", **options)
+
+
+@pytest.mark.parametrize("script", OFFLINE, **IDS)
+@pytest.mark.parametrize("env_id", ["maze2d-umaze-v1", "antmaze-umaze-v2"])
+def test_mazes_run(tmp_path, script, env_id):
+    """From data to score, with random actions' data."""
+    data = write_npz(tmp_path / "data.npz", collect_random(env_id, 600))
+    options = dict(TINY, env=env_id, dataset_path=data, updates=100, diffusion_steps=100, subsample=None)
+    folder = run(script, tmp_path / "runs", **options)
+    with np.load(folder / "final_returns.npz") as f:
+        low, high = (23.85, 161.86) if env_id.startswith("maze2d") else (0, 1)
+        np.testing.assert_allclose(f["normalized_scores"], 100 * (f["returns"] - low) / (high - low))
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def command(script, *options):
+    return [sys.executable, script.__file__, "--device", "cpu", *map(str, options)]
+
+
+@pytest.mark.parametrize("script", SIBLINGS, **IDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--env", "walker3d-medium-v2"],
+        ["--updates", "0"],
+        ["--subsample", "2.5"],
+        ["--resume", "other_run"],
+        ["--tau", "1.5"],
+        ["--env", "Pendulum-v1", "--dataset-path", "data.npz", "--data", "real", "--normalize-reward", "True"],
+    ],
+    ids=lambda options: options[-2].lstrip("-"),
+)
+def test_bad_command_ends_in_one_sentence(tmp_path, script, options):
+    """Exit code 2, one line that begins with `error:`, no traceback, nothing made."""
+    (tmp_path / "other_run").mkdir()
+    (tmp_path / "other_run/args.json").write_text(json.dumps(vars(synther_td3bc.Args())))  # another script's
+    write_npz(tmp_path / "data.npz", transitions(50, act_dim=1) | {"terminals": np.zeros(50)})
+    before = sorted(tmp_path.rglob("*"))
+    result = subprocess.run(
+        command(script, *options), cwd=tmp_path, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL
+    )
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and "Traceback" not in result.stderr, lines
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def agent_updates(folder):
+    """Updates in the checkpoint, if the agent has begun."""
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True).get("update", 0) if path.exists() else 0
+
+
+@pytest.mark.parametrize("script", SIBLINGS, **IDS)
+def test_killed_run_equals_uninterrupted(tmp_path, script):
+    """Killed while the diffusion model and while the agent trains: the same numbers at the end, and again."""
+    data = write_npz(tmp_path / "data.npz", collect_random("Pendulum-v1", 1_000))
+    options = flags(
+        env="Pendulum-v1", dataset_path=data, seed=1, diffusion_steps=600, diffusion_width=32, diffusion_depth=2,
+        diffusion_batch_size=64, num_samples=2_000, updates=1_600, hidden_dim=16, batch_size=64, eval_every=400,
+        eval_episodes=1, checkpoint_every=150,
+    )  # fmt: skip
+    subprocess.run(command(script, *options, "--out-dir", "whole"), cwd=tmp_path, capture_output=True, check=True)
+    (whole,) = (tmp_path / "whole").iterdir()
+
+    begun = lambda folder: (folder / "checkpoint.pt").exists() and not (folder / "diffusion.pt").exists()  # noqa: E731
+    folder = wait_and_kill(command(script, *options), tmp_path, begun)
+    resume = command(script, "--resume", folder)
+    wait_and_kill(resume, tmp_path, lambda folder: agent_updates(folder) >= 450)
+    subprocess.run(resume, cwd=tmp_path, capture_output=True, check=True, timeout=200)
+
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+    for name in ("final_returns.npz", "synthetic.npz"):
+        with np.load(folder / name) as a, np.load(whole / name) as b:
+            for key in b.files:
+                np.testing.assert_array_equal(a[key], b[key], err_msg=f"{name}: {key}")
+    a, b = (edm.load_file(f / "checkpoint.pt", "cpu") for f in (folder, whole))
+    del a["seconds"], b["seconds"]
+    assert_same_state(a, b)
+    metrics = [
+        [line for line in (f / "metrics.csv").read_text().splitlines() if ",perf/" not in line] for f in (folder, whole)
+    ]
+    assert metrics[0] == metrics[1] and len(metrics[1]) > 10

@@ -148,7 +148,8 @@ class Args:
 DEFAULTS = {
     r".*": dict(
         total_steps=100_000, learning_starts=5_000, eval_every=1_000, checkpoint_every=5_000, retrain_every=10_000,
-        standardize_reward=True, diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=1_000_000,
+        standardize_reward=True, diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4,
+        num_samples=1_000_000,
     ),
     r"dmc/": dict(total_steps=200_000, standardize_reward=False),
     r"Pendulum": dict(

@@ -147,8 +147,10 @@ def test_agent_learns_from_synthetic_data(tmp_path, script):
         tau=0.02, discount=0.8, eval_every=2_000, eval_episodes=20, device="cpu",
     )  # fmt: skip
     options |= {
-        synther_td3bc: dict(alpha=100.0), synther_iql: dict(beta=30.0), synther_edac: dict(eta=0.1, num_critics=2, updates=3_000, eval_every=3_000),
-    }[script]  # fmt: skip
+        synther_td3bc: dict(alpha=100.0),
+        synther_iql: dict(beta=30.0),
+        synther_edac: dict(eta=0.1, num_critics=2, updates=3_000, eval_every=3_000),
+    }[script]
     folder = run(script, tmp_path / "runs", **options)
     trained = np.load(folder / "final_returns.npz")["returns"][-1].mean()
     envs = [script.make_env("Point-v0") for _ in range(20)]

@@ -1,6 +1,6 @@
 """Speed of training, sampling and agent updates on this machine, beside plain references and the matmul limit.
 
-    python tests/bench/bench.py                      # about 4 minutes on a 2-core CPU
+    python tests/bench/bench.py                      # about 5 minutes on a 2-core CPU
     python tests/bench/bench.py --quick              # about a minute, less exact
     python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment, or of --memory ROWS
 
@@ -294,10 +294,131 @@ def plain_td3bc(arrays, device):
     return update
 
 
-class PlainPolicy(nn.Module):
+def plain_iql(arrays, device):
+    """A function that takes update i: four networks, three optimisers, a distribution object, a float of each loss."""
+    value = nn.Sequential(nn.Linear(OBS_DIM, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+    mean = nn.Sequential(nn.Linear(OBS_DIM, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, ACT_DIM))
+    value, mean, critics = value.to(device), mean.to(device), nn.ModuleList([PlainCritic(), PlainCritic()]).to(device)
+    log_std = nn.Parameter(torch.zeros(ACT_DIM, device=device))
+    targets = copy.deepcopy(critics)
+    value_optimizer = torch.optim.Adam(value.parameters(), lr=3e-4)
+    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=3e-4)
+    actor_optimizer = torch.optim.Adam([*mean.parameters(), log_std], lr=3e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, 1_000_000)
+    buffer = [torch.tensor(x, device=device) for x in arrays]
+
+    def update(i):
+        indices = np.random.randint(0, len(buffer[0]), size=BATCH)
+        observations, actions, rewards, next_observations, terminals = [x[indices].to(device) for x in buffer]
+        log = {}
+        with torch.no_grad():
+            next_v = value(next_observations).squeeze(-1)
+            target_q = torch.min(*(target(observations, actions).squeeze(-1) for target in targets))
+        advantage = target_q - value(observations).squeeze(-1)
+        value_loss = torch.mean(torch.abs(0.7 - (advantage < 0).float()) * advantage**2)
+        log["value_loss"] = value_loss.item()
+        value_optimizer.zero_grad()
+        value_loss.backward()
+        value_optimizer.step()
+        y = rewards.squeeze(-1) + (1.0 - terminals.squeeze(-1)) * 0.99 * next_v.detach()
+        critic_loss = sum(F.mse_loss(critic(observations, actions).squeeze(-1), y) for critic in critics) / 2
+        log["critic_loss"] = critic_loss.item()
+        critic_optimizer.zero_grad()
+        critic_loss.backward()
+        critic_optimizer.step()
+        for target, critic in zip(targets, critics):
+            for slow, fast in zip(target.parameters(), critic.parameters()):
+                slow.data.copy_(0.005 * fast.data + 0.995 * slow.data)
+        weight = torch.exp(3.0 * advantage.detach()).clamp(max=100.0)
+        scale = torch.diag(torch.exp(log_std.clamp(-5.0, 2.0)))
+        policy = torch.distributions.MultivariateNormal(mean(observations), scale_tril=scale)
+        actor_loss = torch.mean(weight * -policy.log_prob(actions))
+        log["actor_loss"] = actor_loss.item()
+        actor_optimizer.zero_grad()
+        actor_loss.backward()
+        actor_optimizer.step()
+        schedule.step()
+        return log
+
+    return update
+
+
+class PlainEnsemble(nn.Module):
+    """Ten critics of three hidden layers, as CORL's EDAC has them."""
+
     def __init__(self):
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(OBS_DIM, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        sizes = [OBS_DIM + ACT_DIM, 256, 256, 256, 1]
+        self.weights = nn.ParameterList(torch.randn(10, i, o) / math.sqrt(i) for i, o in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.zeros(10, 1, o) for o in sizes[1:])
+
+    def forward(self, observations, actions):
+        x = torch.cat([observations, actions], dim=-1)
+        if x.dim() == 2:
+            x = x.unsqueeze(0).repeat_interleave(10, dim=0)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = (torch.relu(x) if i else x) @ weight + bias
+        return x.squeeze(-1)
+
+
+def plain_edac(arrays, device):
+    """A function that takes update i: autograd of the gradients by the actions, an inner product for each pair."""
+    actor = PlainPolicy(hidden_layers=3).to(device)
+    critic = PlainEnsemble().to(device)
+    target = copy.deepcopy(critic)
+    log_alpha = torch.zeros(1, device=device, requires_grad=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=3e-4)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=3e-4)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=3e-4)
+    buffer = [torch.tensor(x, device=device) for x in arrays]
+
+    def update(i):
+        indices = np.random.randint(0, len(buffer[0]), size=BATCH)
+        observations, actions, rewards, next_observations, terminals = [x[indices].to(device) for x in buffer]
+        alpha_loss = (-log_alpha * (actor(observations)[1].detach() - ACT_DIM)).mean()
+        alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        alpha_optimizer.step()
+        alpha = log_alpha.exp().detach()
+
+        policy_actions, log_density = actor(observations)
+        q = critic(observations, policy_actions).min(0).values
+        actor_loss = (alpha * log_density.squeeze(-1) - q).mean()
+        actor_optimizer.zero_grad()
+        actor_loss.backward()
+        actor_optimizer.step()
+
+        with torch.no_grad():
+            next_actions, next_log_density = actor(next_observations)
+            next_q = target(next_observations, next_actions).min(0).values.unsqueeze(-1) - alpha * next_log_density
+            y = rewards + 0.99 * (1 - terminals) * next_q
+        q = critic(observations, actions)
+        critic_loss = ((q - y.view(1, -1)) ** 2).mean(dim=1).sum(dim=0)
+        many_actions = actions.unsqueeze(0).repeat_interleave(10, dim=0).requires_grad_(True)
+        many_observations = observations.unsqueeze(0).repeat_interleave(10, dim=0)
+        many_q = critic(many_observations, many_actions)
+        (gradient,) = torch.autograd.grad(many_q.sum(), many_actions, retain_graph=True, create_graph=True)
+        gradient = (gradient / (torch.norm(gradient, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(0, 1)
+        products = torch.einsum("bik,bjk->bij", gradient, gradient)
+        mask = torch.eye(10, device=device).unsqueeze(0).repeat(products.shape[0], 1, 1)
+        diversity = ((1 - mask) * products).sum(dim=(1, 2)).mean() / 9
+        loss = critic_loss + 1.0 * diversity
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(target.parameters(), critic.parameters()):
+                slow.data.copy_(0.995 * slow.data + 0.005 * fast.data)
+        return {"alpha_loss": alpha_loss.item(), "actor_loss": actor_loss.item(), "critic_loss": loss.item()}
+
+    return update
+
+
+class PlainPolicy(nn.Module):
+    def __init__(self, hidden_layers=2):
+        super().__init__()
+        more = [layer for _ in range(hidden_layers - 1) for layer in (nn.Linear(256, 256), nn.ReLU())]
+        self.hidden = nn.Sequential(nn.Linear(OBS_DIM, 256), nn.ReLU(), *more)
         self.mean, self.log_std = nn.Linear(256, ACT_DIM), nn.Linear(256, ACT_DIM)
 
     def forward(self, observations):
@@ -510,6 +631,85 @@ def bench_td3bc(device, repeats, quick):
     return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
 
 
+def bench_offline(device, repeats, quick, name):
+    """IQL or EDAC. Returns seconds per update: ours, reference, limit."""
+    import synther_edac
+    import synther_iql
+
+    script, agent_class, plain = {
+        "iql": (synther_iql, "IQL", plain_iql),
+        "edac": (synther_edac, "EDAC", plain_edac),
+    }[name]
+    fewer = 8 if name == "edac" and device == "cpu" else 1
+    updates = ((1_000 if quick else 5_000) if device == "cuda" else (100 if quick else 300)) // fewer
+    rng = np.random.default_rng(0)
+    sizes = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]
+    arrays = [rng.standard_normal((100_000, size)).astype(np.float32) for size in sizes]
+    arrays[-1] = (arrays[-1] > 3).astype(np.float32)
+    reference_update = plain(arrays, device)
+
+    # As the main of the script does it
+    args = script.resolve(script.Args(env="walker2d-medium-v2"), 100_000)
+    rows = edm.pack(*[x.squeeze() for x in arrays]).to(device)
+    agent = getattr(script, agent_class)(OBS_DIM, ACT_DIM, 1.0, args, device)
+    batch = torch.empty(args.batch_size, rows.shape[1], device=device)
+    losses = torch.zeros(len(script.LOSSES), device=device)
+
+    def train_step():
+        index = torch.randint(len(rows), (args.batch_size,), device=device)
+        torch.index_select(rows, 0, index, out=batch)
+        losses.add_(agent.update(batch))
+
+    if device == "cuda":
+        train_step = edm.cuda_graph(train_step)
+
+    def ours():
+        for i in range(updates):
+            if name == "iql":
+                agent.anneal(i)
+            train_step()
+
+    def reference():
+        with plain_pytorch():
+            for i in range(updates):
+                reference_update(i)
+
+    b, pair = BATCH, OBS_DIM + ACT_DIM
+    actor_first, actor_rest = [(b, OBS_DIM, 256)], [(b, 256, 256), (b, 256, ACT_DIM)]
+    if name == "iql":
+        value_first, value_rest = [(b, OBS_DIM, 256)], [(b, 256, 256), (b, 256, 1)]
+        critic_first, critic_rest = [(2, b, pair, 256)], [(2, b, 256, 256), (2, b, 256, 1)]
+        multiply = matmuls(
+            device,
+            forward=value_first + value_rest + critic_first + critic_rest,
+            first=value_first + critic_first + actor_first,
+            backward=value_rest + critic_rest + actor_rest,
+        )
+    else:
+        n = args.num_critics
+        actor_rest = [(b, 256, 256), (b, 256, 256), (b, 256, ACT_DIM), (b, 256, ACT_DIM)]
+        layers = [(n, b, pair, 256), (n, b, 256, 256), (n, b, 256, 256), (n, b, 256, 1)]
+        back = [(n, b, outputs, inputs) for _, b, inputs, outputs in layers[1:]]
+        to_action, from_action = [(n, b, 256, ACT_DIM)], [(n, b, pair, 256)]
+        weights = [(n, inputs, b, outputs) for _, b, inputs, outputs in layers]
+        through = layers[1:-1]  # ES's gradient, forward
+        multiply = matmuls(
+            device,
+            forward=2 * (actor_first + actor_rest)  # temperature and next actions
+            + layers + back + to_action  # actor
+            + layers  # targets
+            + layers + back + to_action + from_action + through + weights,  # critics
+            first=actor_first,
+            backward=actor_rest,
+        )  # fmt: skip
+
+    def limit():
+        for _ in range(updates):
+            multiply()
+
+    return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
+
+
 def bench_sac(device, repeats, quick, algo):
     """Returns seconds per critic update at 20 updates per environment step: ours, reference, limit."""
     import synther_sac_online
@@ -623,7 +823,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
     parser.add_argument("--quick", action="store_true", help="shorter turns")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
-    parser.add_argument("--only", choices=("training", "sampling", "td3bc", "sac"), help="one part of the table")
+    parser.add_argument(
+        "--only", choices=("training", "sampling", "td3bc", "iql", "edac", "sac"), help="one part of the table"
+    )
     parser.add_argument("--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead")
     args = parser.parse_args()
     if args.memory:
@@ -650,6 +852,10 @@ def main():
         show("sampling, 32 calls (plain: 255)", "us/row", 1e6, equal_quality)
     if args.only in (None, "td3bc"):
         show(f"TD3+BC update, 2 x 256, batch {BATCH}", "us/update", 1e6, bench_td3bc(*options))
+    if args.only in (None, "iql"):
+        show(f"IQL update, 2 x 256, batch {BATCH}", "us/update", 1e6, bench_offline(*options, name="iql"))
+    if args.only in (None, "edac"):
+        show("EDAC update, 10 critics, 3 x 256", "us/update", 1e6, bench_offline(*options, name="edac"))
     if args.only in (None, "sac"):
         show("SAC (SynthER) update, 20 per step", "us/update", 1e6, bench_sac(*options, algo="synther"))
         show("REDQ update, 20 per step", "us/update", 1e6, bench_sac(*options, algo="redq"))

@@ -223,6 +223,7 @@ def command(script, *options):
         ["--subsample", "2.5"],
         ["--resume", "other_run"],
         ["--tau", "1.5"],
+        ["--data", "mixed", "--num-samples", "5"],
         ["--env", "Pendulum-v1", "--dataset-path", "data.npz", "--data", "real", "--normalize-reward", "True"],
     ],
     ids=lambda options: options[-2].lstrip("-"),

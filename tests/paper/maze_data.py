@@ -48,33 +48,41 @@ def next_cells(cells, goal):
     return step
 
 
+def controller(env, observation, goal_cell, goal):
+    """D4RL's controller: a policy observation -> action that walks from where the ball is to a goal in a cell."""
+    cells = [tuple(cell) for cell in env.cells.tolist()]
+    step = next_cells(cells, goal_cell)
+    waypoint = min(cells, key=lambda cell: np.abs(observation[:2] - cell).sum())
+
+    def policy(observation):
+        nonlocal waypoint
+        if np.linalg.norm(observation[:2] - waypoint) < 0.1 and waypoint != goal_cell:
+            waypoint = step[waypoint]
+        aim = goal if waypoint == goal_cell else np.array(waypoint)
+        return np.clip(10 * (aim - observation[:2]) - observation[2:], -1, 1)
+
+    return policy
+
+
 def main(args):
     if not args.env.startswith("maze2d-") or args.env not in synther_td3bc.MAZE_TASKS:
         sys.exit(f"--env must be a maze2d task, not {args.env}")
     env = synther_td3bc.make_env(args.env).unwrapped
-    cells = [tuple(cell) for cell in env.cells.tolist()]
     rng = np.random.default_rng(args.seed)
     observation, _ = env.reset(seed=args.seed)
-    cell_of = lambda position: min(cells, key=lambda cell: np.abs(position - cell).sum())  # noqa: E731
     rows = {key: [] for key in ("observations", "actions", "rewards", "timeouts", "infos/goal")}
-    goal = None
+    arrived = True
     for _ in trange(args.steps, desc=args.env):
-        if goal is None:
-            goal_cell = cells[rng.integers(len(cells))]
+        if arrived:
+            goal_cell = tuple(env.cells[rng.integers(len(env.cells))].tolist())
             goal = np.array(goal_cell) + rng.uniform(-0.1, 0.1, 2)
-            step = next_cells(cells, goal_cell)
-            waypoint = cell_of(observation[:2])
-        if np.linalg.norm(observation[:2] - waypoint) < 0.1 and waypoint != goal_cell:
-            waypoint = step[waypoint]
-        aim = goal if waypoint == goal_cell else np.array(waypoint)
-        action = 10 * (aim - observation[:2]) - observation[2:]
-        action = np.clip(action + args.noise * rng.standard_normal(2), -1, 1).astype(np.float32)
+            policy = controller(env, observation, goal_cell, goal)
+        action = policy(observation) + args.noise * rng.standard_normal(2)
+        action = np.clip(action, -1, 1).astype(np.float32)
         arrived = np.linalg.norm(observation[:2] - goal) < 0.1
         reward = float(np.linalg.norm(observation[:2] - env.goal) <= 0.5)
         for key, value in zip(rows, (observation, action, reward, arrived, goal)):
             rows[key].append(value)
-        if arrived:
-            goal = None
         observation = env.step(action)[0]
     arrays = {key: np.array(x, bool if key == "timeouts" else np.float32) for key, x in rows.items()}
     arrays["terminals"] = np.zeros(args.steps, bool)

@@ -542,7 +542,7 @@ class AntMaze(gym.Env):
     """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
 
     Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, and
-    the end of the episode with it. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    the end of the episode with it. Each episode has its own goal, up to 1.5 m beyond a cell's middle along each axis.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
@@ -759,15 +759,15 @@ def critic_gradients(critic, x, target, act_dim, eta):
     divided by its length. Over N critics sum_{i != j} e_i . e_j = |sum_i e_i|^2 - sum_i |e_i|^2: no pairs are needed.
 
     With h the inputs of the layers, and v the gradients of Q by their outputs (found on the way back to g), Q's part of
-    the gradient by a layer's weights is h^T c v, with c = dL/dQ of each row. The gradient g = v_0 W_0^T is linear in
-    every W, so that ES's part is u^T v, where u is dES/dg, sent forward through the same layers with the ReLUs as they
-    stood. Both are one product: (c h + eta u)^T v.
+    the gradient by a layer's weights is h^T c v, with c the squared error's derivative by Q in each row. The gradient
+    g = v_0 W_0^T is linear in every W, so that ES's part is u^T v, where u is dES/dg, sent forward through the same
+    layers with the ReLUs as they stood. Both are one product: (c h + eta u)^T v.
 
     Args:
         x [batch, obs_dim + act_dim], target [batch].
 
     Returns:
-        (sum of squared errors, ES), tensors; the gradients are left in the parameters of the critic.
+        (the critics' sum of mean squared errors, ES), tensors; the gradients are left in the critic's parameters.
     """
     num_critics, batch_size = len(critic.weights[0]), len(x)
     layers = list(zip(critic.weights, critic.biases))
@@ -801,8 +801,7 @@ def critic_gradients(critic, x, target, act_dim, eta):
 
 
 class EDAC:
-    """Ensemble-diversified actor-critic (An et al. 2021), CORL's order. An update touches tensors only: no logging, no
-    waiting.
+    """EDAC (An et al. 2021), CORL's order. An update touches tensors only, without waiting.
 
     A batch holds rows [s, a, r, s', d] of `edm.pack`.
     """
@@ -868,11 +867,11 @@ class EDAC:
 
 # Copied from synther_td3bc.augment_batch
 def augment_batch(batch, kind, obs_dim, scale=1):
-    """Explicit augmentation of normalised rows, in place (Appendix D.1). New numbers for every batch.
+    """Explicit augmentation of an agent's rows, in place (Appendix D.1). New numbers for every batch.
 
     The paper leaves open the scale and the sharing of the noise. Here: additive noise has standard deviation 0.1 in
     normalised units and is the same for s and s'; the two factors are one number per transition. `scale` [obs_dim] is
-    such a unit, for an agent whose states are not normalised.
+    such a unit, for an agent whose states are not normalised; the factors then stretch the states as they are.
     """
     observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
     if kind == "additive":
@@ -934,7 +933,7 @@ def check_numbers(args):
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
         elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("discount", "tau", "synther_ratio") and value > 1:
+        if name in ("discount", "tau", "expectile", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
 
 

@@ -548,7 +548,7 @@ class AntMaze(gym.Env):
     """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
 
     Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, and
-    the end of the episode with it. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    the end of the episode with it. Each episode has its own goal, up to 1.5 m beyond a cell's middle along each axis.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
@@ -697,13 +697,13 @@ class Actor(nn.Module):
     tanh in the paper's experiments, that of a deterministic actor has one.
     """
 
-    def __init__(self, obs_dim, act_dim, max_action, args):
+    def __init__(self, obs_dim, act_dim, hidden_dim, hidden_layers, max_action, deterministic, tanh_mean):
         super().__init__()
-        sizes = [obs_dim] + [args.hidden_dim] * args.hidden_layers
+        sizes = [obs_dim] + [hidden_dim] * hidden_layers
         hidden = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-        squash = [nn.Tanh()] if args.deterministic or args.tanh_mean else []
+        squash = [nn.Tanh()] if deterministic or tanh_mean else []
         self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], act_dim), *squash)
-        self.log_std = None if args.deterministic else nn.Parameter(torch.zeros(act_dim))
+        self.log_std = None if deterministic else nn.Parameter(torch.zeros(act_dim))
         self.max_action = max_action
 
     def forward(self, observations):
@@ -753,16 +753,16 @@ class IQL:
     def __init__(self, obs_dim, act_dim, max_action, args, device):
         self.sizes = [obs_dim, act_dim, 1, obs_dim, 1]
         self.args = args
-        self.actor = Actor(obs_dim, act_dim, max_action, args).to(device)
+        policy_kind = args.deterministic, args.tanh_mean
+        self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers, max_action, *policy_kind).to(device)
         self.critic = EnsembleCritic(obs_dim + act_dim, args.hidden_dim, args.hidden_layers).to(device)
         self.value = EnsembleCritic(obs_dim, args.hidden_dim, args.hidden_layers, num_critics=1).to(device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         on_cuda = torch.device(device).type == "cuda"
-        adam = dict(fused=True, capturable=on_cuda)
+        adam = dict(lr=args.learning_rate, fused=True, capturable=on_cuda)
         actor_lr = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), actor_lr, **adam)
-        critic_params = [*self.critic.parameters(), *self.value.parameters()]
-        self.critic_optimizer = torch.optim.Adam(critic_params, args.learning_rate, **adam)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam | dict(lr=actor_lr))
+        self.critic_optimizer = torch.optim.Adam([*self.critic.parameters(), *self.value.parameters()], **adam)
         self.online, self.target = list(self.critic.parameters()), list(self.critic_target.parameters())
 
     def anneal(self, update):
@@ -811,11 +811,11 @@ class IQL:
 
 # Copied from synther_td3bc.augment_batch
 def augment_batch(batch, kind, obs_dim, scale=1):
-    """Explicit augmentation of normalised rows, in place (Appendix D.1). New numbers for every batch.
+    """Explicit augmentation of an agent's rows, in place (Appendix D.1). New numbers for every batch.
 
     The paper leaves open the scale and the sharing of the noise. Here: additive noise has standard deviation 0.1 in
     normalised units and is the same for s and s'; the two factors are one number per transition. `scale` [obs_dim] is
-    such a unit, for an agent whose states are not normalised.
+    such a unit, for an agent whose states are not normalised; the factors then stretch the states as they are.
     """
     observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
     if kind == "additive":
@@ -877,7 +877,7 @@ def check_numbers(args):
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
         elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("discount", "tau", "synther_ratio") and value > 1:
+        if name in ("discount", "tau", "expectile", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
 
 

@@ -587,7 +587,7 @@ def check_numbers(args):
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
         elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("discount", "tau", "synther_ratio") and value > 1:
+        if name in ("discount", "tau", "expectile", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
 
 

@@ -534,7 +534,7 @@ class AntMaze(gym.Env):
     """D4RL's antmaze: an ant that starts at cell (1, 1) of a maze with cells of 4 m and seeks a place near one cell.
 
     Observation [29]: 15 positions, 14 velocities; action: 8 torques in [-1, 1]. Reward 1 within 0.5 m of the goal, and
-    the end of the episode with it. Each episode has its own goal, up to 1.5 m from the middle of the goal's cell.
+    the end of the episode with it. Each episode has its own goal, up to 1.5 m beyond a cell's middle along each axis.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
@@ -712,7 +712,7 @@ LOSSES = ("critic_loss", "actor_loss")
 
 
 class TD3BC:
-    """TD3+BC (Fujimoto and Gu 2021), CORL's update order. The updates touch tensors only: no logging, no waiting.
+    """TD3+BC (Fujimoto and Gu 2021), CORL's order. An update touches tensors only, without waiting.
 
     A batch holds rows [s, a, r, s', d] of `edm.pack`, the states normalised.
     """
@@ -771,11 +771,11 @@ class TD3BC:
 
 
 def augment_batch(batch, kind, obs_dim, scale=1):
-    """Explicit augmentation of normalised rows, in place (Appendix D.1). New numbers for every batch.
+    """Explicit augmentation of an agent's rows, in place (Appendix D.1). New numbers for every batch.
 
     The paper leaves open the scale and the sharing of the noise. Here: additive noise has standard deviation 0.1 in
     normalised units and is the same for s and s'; the two factors are one number per transition. `scale` [obs_dim] is
-    such a unit, for an agent whose states are not normalised.
+    such a unit, for an agent whose states are not normalised; the factors then stretch the states as they are.
     """
     observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
     if kind == "additive":
@@ -834,7 +834,7 @@ def check_numbers(args):
             raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
         elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
             raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("discount", "tau", "synther_ratio") and value > 1:
+        if name in ("discount", "tau", "expectile", "synther_ratio") and value > 1:
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
 
 
@@ -985,7 +985,7 @@ def main(args):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     data, env_id = load_dataset(args)
-    reward_scale, reward_shift = reward_normalizer(data, env_id)
+    reward_scale, reward_shift = reward_normalizer(data, env_id)  # first, as a subsample has no episodes
     data = subsample(data, args)
     resolve(args, len(data["rewards"]))
     envs = [make_env(env_id) for _ in range(max(args.eval_episodes, 1))]

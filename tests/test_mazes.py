@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import h5py
+import mujoco
 import numpy as np
 import pytest
 from helpers import d4rl_rows, write_hdf5
@@ -14,6 +15,9 @@ import synther_td3bc
 from synther_td3bc import MAZE_TASKS, Args, make_env, maze_cells, normalized_score
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests/paper"))
+import maze_data  # noqa: E402
+
 BALLS = [name for name in MAZE_TASKS if name.startswith("maze2d")]
 ANTS = [name for name in MAZE_TASKS if name.startswith("antmaze")]
 
@@ -36,14 +40,46 @@ def test_ball_reward_and_time_limit(env_id):
     """1 within 0.5 of the goal after the step; the time limit truncates, nothing terminates."""
     env, (_, _, goal, steps) = make_env(env_id), MAZE_TASKS[env_id]
     env.reset(seed=0)
-    for offset, reward in (((0, 0), 1), ((0.45, 0), 1), ((0, 0.55), 0), ((0.4, 0.4), 0)):
-        env.unwrapped._set_state(np.add(goal, offset), np.zeros(2))
-        assert env.step(np.zeros(2))[1] == reward
+    side = np.array([0, 1]) if env_id == "maze2d-umaze-v1" else np.array([-1, 0])  # a free cell beside the goal's
+    for distance, speed, reward in ((0, 0, 1), (0.45, 0, 1), (0.55, 0, 0), (0.52, -5, 1), (0.48, 5, 0)):
+        env.unwrapped._set_state(goal + distance * side, speed * side)
+        assert env.step(np.zeros(2))[1] == reward, (distance, speed)
     env.reset(seed=0)
     for t in range(1, steps + 1):
         *_, terminated, truncated, _ = env.step(np.zeros(2))
         assert not terminated and truncated == (t == steps)
-    assert [normalized_score(env_id, x) for x in synther_td3bc.REFERENCE_SCORES[env_id[:-2]]] == [0, 100]
+    low, high = {"u": (23.85, 161.86), "m": (13.13, 277.39), "l": (6.7, 273.99)}[env_id[7]]
+    assert [normalized_score(env_id, x) for x in (low, high)] == [0, 100]
+
+
+def test_layout_of_the_mazes():
+    """Free cells as in D4RL's strings, counted by row."""
+    counts = {
+        "umaze": [0, 3, 1, 3, 0],
+        "medium": [0, 4, 5, 3, 5, 4, 5, 0],
+        "large": [0, 9, 5, 9, 3, 8, 4, 8, 0],
+    }
+    for maze, expected in counts.items():
+        rows = maze_cells(maze, ".")[:, 0]
+        assert np.bincount(rows, minlength=len(expected)).tolist() == expected
+    assert maze_cells("umaze", ".").tolist() == [[1, 1], [1, 2], [1, 3], [2, 3], [3, 1], [3, 2], [3, 3]]
+
+
+@pytest.mark.parametrize("env_id, reference", [(BALLS[0], 161.86), (BALLS[1], 277.39), (BALLS[2], 273.99)])
+def test_controller_reaches_d4rls_reference_score(env_id, reference):
+    """D4RL's 100: a controller that plans its way in the first episode only, and from then on often meets walls."""
+    env, returns = make_env(env_id), []
+    for episode in range(100):
+        obs, _ = env.reset(seed=episode)
+        if episode == 0:
+            goal = MAZE_TASKS[env_id][2]
+            policy = maze_data.controller(env.unwrapped, obs, goal, np.array(goal))
+        done, total = False, 0.0
+        while not done:
+            obs, reward, _, done, _ = env.step(policy(obs))
+            total += reward
+        returns.append(total)
+    assert abs(np.mean(returns) - reference) < 2 * np.std(returns) / 10
 
 
 def test_ball_dynamics():
@@ -87,9 +123,12 @@ def test_ant_goal_ends_the_episode(env_id):
 
 
 def test_ant_is_d4rls():
-    """The masses of gym's ant; torques up to 30 in D4RL's order (the fourth leg first); it stands on its feet."""
+    """Gym's ant but for the torques, up to 30, and the time of a step, 0.1; D4RL's order (the fourth leg first)."""
     env = make_env("antmaze-umaze-v2").unwrapped
-    model = env.model
+    model, gym_ant = env.model, gym.make("Ant-v4").unwrapped.model
+    for name in ("jnt_range", "jnt_axis", "jnt_type", "dof_damping", "dof_armature", "qpos0"):
+        np.testing.assert_allclose(getattr(model, name), getattr(gym_ant, name), err_msg=name)
+    assert model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
     assert (model.nq, model.nv, model.nu) == (15, 14, 8)
     np.testing.assert_allclose(np.sort(model.body_mass), np.sort(gym.make("Ant-v4").unwrapped.model.body_mass))
     names = [model.joint(model.actuator_trnid[i, 0]).name for i in range(8)]
@@ -98,14 +137,29 @@ def test_ant_is_d4rls():
     for _ in range(50):
         obs, *_ = env.step(np.full(8, 2.0))
     assert (env.physics.ctrl == 30).all() and 0.2 < obs[2] < 1.0 and np.isfinite(obs).all()
+    assert env.physics.time == pytest.approx(50 * 0.1)
 
 
-def test_walls_hold_the_ant():
+@pytest.mark.parametrize("axis, sign, free", [(0, -1, False), (0, 1, True), (1, -1, False), (1, 1, False)])
+def test_walls_hold_the_ant(axis, sign, free):
+    """From the start of the umaze the way is free along x only: to the next columns, not to the next row."""
     env = make_env("antmaze-umaze-v2").unwrapped
     env.reset(seed=0)
-    env.physics.qvel[:2] = [-30.0, 0.0]
-    x = [env.step(np.zeros(8))[0][0] for _ in range(20)]
-    assert -2 < min(x) < -1  # the wall begins at -2
+    env.physics.qvel[axis] = 30.0 * sign
+    position = [sign * env.step(np.zeros(8))[0][axis] for _ in range(20)]
+    assert max(position) > 3 if free else 1 < max(position) < 2  # the walls begin at 2
+
+
+def test_ant_reward_is_that_of_the_next_position():
+    env = make_env("antmaze-umaze-v2").unwrapped
+    env.reset(seed=0)
+    for distance, speed, reward in ((0.7, -10.0, 1), (0.45, 10.0, 0)):
+        env.reset(seed=0)
+        env.physics.qpos[:2] = env.goal + [distance, 0]
+        env.physics.qpos[2] = 1.5  # in the air
+        env.physics.qvel[:] = 0
+        env.physics.qvel[0] = speed
+        assert env.step(np.zeros(8))[1] == reward
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from helpers import assert_same_state, collect_random, flags, read_metrics, tran
 import edm
 import synther_edac
 import synther_iql
+import synther_sac_online
 import synther_td3bc
 from edm import RunError
 
@@ -31,10 +32,13 @@ IDS = dict(ids=lambda module: module.__name__)
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
-OWN_WORDS = {  # arguments whose text or default names what is peculiar to a script
-    "env", "seed", "exp_name", "resume", "diffusion_steps", "diffusion_width", "diffusion_batch_size", "diffusion_lr",
-    "num_samples", "data", "normalize_reward", "terminals", "updates", "batch_size", "hidden_dim", "hidden_layers",
-    "learning_rate", "tau", "eval_every", "eval_episodes", "checkpoint_every",
+AGENTS_WORDS = {  # arguments whose text or default names what is peculiar to an agent
+    "exp_name", "normalize_reward", "updates", "batch_size", "hidden_dim", "hidden_layers", "learning_rate", "tau",
+    "eval_every", "eval_episodes", "checkpoint_every",
+}  # fmt: skip
+OWN_WORDS = AGENTS_WORDS | {  # and to the offline, the online and the pixel setting
+    "env", "seed", "resume", "diffusion_steps", "diffusion_width", "diffusion_batch_size", "diffusion_lr",
+    "num_samples", "data", "terminals",
 }  # fmt: skip
 
 
@@ -58,12 +62,20 @@ def test_shared_arguments_agree():
         assert len(kinds) == 1, (name, entries)
         if name not in OWN_WORDS:
             assert len(set(entries.values())) == 1, (name, entries)
+        offline = [entries[script.__name__] for script in OFFLINE if script.__name__ in entries]
+        if name not in AGENTS_WORDS:
+            assert len(set(offline)) <= 1, (name, offline)
 
 
-def test_every_argument_says_what_the_paper_does():
-    for script in SCRIPTS:
-        for name, (_, _, text) in arguments(script).items():
-            assert len(text) > 15, (script.__name__, name)
+def test_diffusion_settings_agree():
+    """The three offline scripts train the same diffusion model for a dataset, whatever the agent."""
+    levels = ("random", "medium", "expert", "medium-replay", "mixed", "full-replay", "medium-expert")
+    names = [f"{env}-{level}-v2" for env in ("halfcheetah", "hopper", "walker2d") for level in levels]
+    keys = [name for name in arguments(synther_td3bc) if name.startswith(("diffusion_", "sampl", "num_samples"))]
+    for name in (*names, *synther_td3bc.MAZE_TASKS, "quickstart"):
+        for num_rows in (1_000, 1_000_000):
+            settings = [vars(script.resolve(script.Args(env=name), num_rows)) for script in OFFLINE]
+            assert len({tuple(values[key] for key in keys) for values in settings}) == 1, name
 
 
 def test_offline_scripts_share_arguments():
@@ -100,7 +112,7 @@ def run(script, out_dir, **options):
 
 @pytest.fixture(scope="module")
 def quickstarts(tmp_path_factory):
-    """{script: folder of a small run of its default command}; the siblings use the first one's synthetic data."""
+    """{script: folder of a small run of its default command}."""
     folders = {}
     for script in OFFLINE:
         folders[script] = run(script, tmp_path_factory.mktemp("runs"), seed=3, **TINY)
@@ -117,10 +129,28 @@ def test_same_files_and_log_keys(quickstarts, script):
     with np.load(folder / "final_returns.npz") as a, np.load(other / "final_returns.npz") as b:
         assert a.files == b.files and all(a[key].shape == b[key].shape for key in a.files)
     args = json.loads((folder / "args.json").read_text())
-    assert None not in [args[name] for name in args if name not in ("dataset_path", "wandb_entity", "resume")] or (
-        {name for name in args if args[name] is None}
-        <= {"dataset_path", "wandb_entity", "resume", "synthetic_path", "sample_batch_size"}
+    unset = {name for name in args if args[name] is None}
+    assert unset <= {"dataset_path", "wandb_entity", "resume", "synthetic_path", "sample_batch_size"}
+
+
+def test_online_run_has_the_same_files_and_log_keys(quickstarts, tmp_path):
+    options = dict(
+        env="HalfCheetah-v4", device="cpu", total_steps=300, learning_starts=100, utd=2, hidden_dim=16, batch_size=32,
+        eval_every=100, eval_episodes=1, retrain_every=150, diffusion_steps=500, diffusion_width=16, diffusion_depth=2,
+        num_samples=500,
+    )  # fmt: skip
+    folder, other = run(synther_sac_online, tmp_path, **options), quickstarts[synther_td3bc]
+    assert {p.name for p in folder.iterdir()} == {p.name for p in other.iterdir()}
+    keys, others = ({key for _, key in read_metrics(f)} for f in (folder, other))
+    assert keys - others == {"train/alpha", "diffusion/steps", "perf/diffusion_seconds"} and others <= keys
+
+
+def test_learning_rate_of_iql_falls_during_a_run(quickstarts):
+    checkpoint = torch.load(quickstarts[synther_iql] / "checkpoint.pt", weights_only=True)
+    (actor_group,), (critic_group,) = (
+        checkpoint["agent"][f"{name}_optimizer"]["param_groups"] for name in ("actor", "critic")
     )
+    assert actor_group["lr"] == edm.cosine_lr(3e-4, 999, 1_000) < 1e-8 and critic_group["lr"] == 3e-4
 
 
 @pytest.mark.parametrize("script", SIBLINGS, **IDS)
@@ -160,31 +190,85 @@ def test_agent_learns_from_synthetic_data(tmp_path, script):
     assert (trained - chance) / (best - chance) > 0.7, (chance, trained, best)
 
 
+AGENTS = {synther_td3bc: "TD3BC", synther_iql: "IQL", synther_edac: "EDAC"}
+
+
 @pytest.mark.parametrize("script", OFFLINE, **IDS)
-def test_what_the_agent_gets(tmp_path, monkeypatch, script):
-    """States are normalised by the real data's statistics, but not for EDAC; rewards are scaled if asked."""
-    rng, batches = np.random.default_rng(0), []
-    data = transitions(400, act_dim=1) | {"rewards": rng.uniform(0, 1, 400), "terminals": np.arange(400) % 20 == 19}
-    data["observations"] = 5 + 2 * data["observations"]
-    agent = {synther_td3bc: "TD3BC", synther_iql: "IQL", synther_edac: "EDAC"}[script]
+@pytest.mark.parametrize("data", ["real", "synther", "mixed"])
+def test_what_the_agent_gets(tmp_path, monkeypatch, script, data):
+    """States, also those it acts on, are scaled by the real rows' statistics (not for EDAC), rewards by their returns.
+
+    Rewards tell real (1 or 2), synthetic (4) and surplus synthetic (8) rows apart.
+    """
+    rng, batches, acted_on = np.random.default_rng(0), [], []
+
+    def rows(n, mean, std, rewards, terminals):
+        x = {k: rng.standard_normal((n, 3)) * std + mean for k in ("observations", "next_observations")}
+        return x | {"actions": rng.uniform(-2, 2, (n, 1)), "rewards": rewards, "terminals": terminals}
+
+    rewards = np.repeat([1.0, 2.0], 200)  # of episodes of 20 rows: returns of 20 and 40
+    real = rows(400, 5, 2, rewards, np.arange(400) % 20 == 19)
+    synthetic = rows(1_000, 9, 4, np.repeat([4.0, 8.0], [400, 600]), rng.random(1_000) < 0.2)
+    agent_class = getattr(script, AGENTS[script])
     update = "update_critic" if script is synther_td3bc else "update"
-    original = getattr(getattr(script, agent), update)
+    original, evaluate = getattr(agent_class, update), script.evaluate
 
     def recording(self, batch):
         batches.append(batch.clone())
         return original(self, batch)
 
-    monkeypatch.setattr(getattr(script, agent), update, recording)
-    options = dict(env="Pendulum-v1", dataset_path=write_npz(tmp_path / "data.npz", data), data="real", updates=50)
-    options |= dict(hidden_dim=8, eval_episodes=0, device="cpu", normalize_reward=True)
-    run(script, tmp_path, **options)
+    def recording_evaluate(policy, envs, seed):
+        acted_on.append(policy(torch.tensor([[5.0, 5.0, 5.0], [7.0, 7.0, 7.0]])))
+        return evaluate(policy, envs, seed)
+
+    monkeypatch.setattr(agent_class, update, recording)
+    monkeypatch.setattr(script, "evaluate", recording_evaluate)
+    options = dict(
+        env="Pendulum-v1", dataset_path=write_npz(tmp_path / "real.npz", real), data=data, updates=60, hidden_dim=8,
+        synthetic_path=write_npz(tmp_path / "synthetic.npz", synthetic), eval_episodes=1, device="cpu",
+        normalize_reward=True,
+    )  # fmt: skip
+    agents = []
+    init = agent_class.__init__
+    monkeypatch.setattr(agent_class, "__init__", lambda self, *a: agents.append(self) or init(self, *a))
+    run(script, tmp_path / "runs", **options)
+    seen, scale = torch.cat(batches), 1000 / 20
+    seen[:, 4] /= scale
+    values = sorted(set(seen[:, 4].round(decimals=3).tolist()))
+    assert values == {"real": [1, 2], "synther": [4, 8], "mixed": [1, 2, 4]}[data]
+    if data == "mixed":
+        assert (seen[:, 4] == 4).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    mean, std = (0, 1) if script is synther_edac else (5, 2)  # what is subtracted, and divided by
+    for part, center, spread in ((seen[seen[:, 4] < 3], 5, 2), (seen[seen[:, 4] > 3], 9, 4)):
+        for states in (part[:, :3], part[:, 5:8]):
+            if len(part):
+                assert states.mean().item() == pytest.approx((center - mean) / std, abs=0.2)
+                assert states.std().item() == pytest.approx(spread / std, rel=0.1)
+    with torch.no_grad():
+        expected = agents[0].actor((torch.tensor([[5.0] * 3, [7.0] * 3]) - mean) / std)
+    torch.testing.assert_close(acted_on[-1], expected, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("script", OFFLINE, **IDS)
+def test_augmentation_is_in_units_of_the_states(tmp_path, monkeypatch, script):
+    """Additive noise has a tenth of each state's standard deviation, also where states are not normalised."""
+    data, batches = transitions(300, act_dim=1), []
+    data["observations"] = data["next_observations"] = data["observations"] * [1.0, 10.0, 100.0]
+    agent_class = getattr(script, AGENTS[script])
+    update = "update_critic" if script is synther_td3bc else "update"
+    original = getattr(agent_class, update)
+    monkeypatch.setattr(agent_class, update, lambda self, batch: batches.append(batch.clone()) or original(self, batch))
+    options = dict(env="Pendulum-v1", dataset_path=write_npz(tmp_path / "data.npz", data), data="real", updates=40)
+    run(script, tmp_path, **options, hidden_dim=8, eval_episodes=0, device="cpu", augment="additive")
     seen = torch.cat(batches)
-    mean, std = (5, 2) if script is synther_edac else (0, 1)
-    assert seen[:, :3].mean().item() == pytest.approx(mean, abs=0.2)
-    assert seen[:, :3].std().item() == pytest.approx(std, rel=0.1)
-    returns = data["rewards"].reshape(20, 20).sum(1)
-    scale = 1000 / (returns.max() - returns.min())
-    np.testing.assert_allclose(np.unique(seen[:, 4]), np.unique(scale * data["rewards"]), rtol=1e-4)
+    torch.testing.assert_close(seen[:, :3], seen[:, 5:8], atol=1e-3, rtol=1e-3)  # one noise for s and s'
+    states = torch.from_numpy(data["observations"]).float()
+    if script is not synther_edac:
+        states = (states - states.mean(0)) / (states.std(0, unbiased=False) + 1e-3)
+    row = torch.from_numpy(data["rewards"]).float()
+    index = (seen[:, 4:5] - row).abs().argmin(1)  # rewards tell which row it was
+    noise = (seen[:, :3] - states[index]).std(0) / states.std(0)
+    torch.testing.assert_close(noise, torch.full((3,), 0.1), atol=0.005, rtol=0)
 
 
 @pytest.mark.parametrize("script", SIBLINGS, **IDS)
@@ -214,19 +298,26 @@ def command(script, *options):
     return [sys.executable, script.__file__, "--device", "cpu", *map(str, options)]
 
 
-@pytest.mark.parametrize("script", SIBLINGS, **IDS)
 @pytest.mark.parametrize(
-    "options",
+    "script, options",
     [
-        ["--env", "walker3d-medium-v2"],
-        ["--updates", "0"],
-        ["--subsample", "2.5"],
-        ["--resume", "other_run"],
-        ["--tau", "1.5"],
-        ["--data", "mixed", "--num-samples", "5"],
-        ["--env", "Pendulum-v1", "--dataset-path", "data.npz", "--data", "real", "--normalize-reward", "True"],
+        (synther_iql, ["--expectile", "1.5"]),
+        (synther_edac, ["--num-critics", "1"]),
+    ]
+    + [
+        (script, options)
+        for script in SIBLINGS
+        for options in (
+            ["--env", "walker3d-medium-v2"],
+            ["--updates", "0"],
+            ["--subsample", "2.5"],
+            ["--resume", "other_run"],
+            ["--tau", "1.5"],
+            ["--data", "mixed", "--num-samples", "5"],
+            ["--env", "Pendulum-v1", "--dataset-path", "data.npz", "--data", "real", "--normalize-reward", "True"],
+        )
     ],
-    ids=lambda options: options[-2].lstrip("-"),
+    ids=lambda value: value[-2].lstrip("-") if isinstance(value, list) else value.__name__,
 )
 def test_bad_command_ends_in_one_sentence(tmp_path, script, options):
     """Exit code 2, one line that begins with `error:`, no traceback, nothing made."""

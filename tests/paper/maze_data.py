@@ -49,7 +49,7 @@ def next_cells(cells, goal):
 
 
 def controller(env, observation, goal_cell, goal):
-    """D4RL's controller: a policy observation -> action that walks from where the ball is to a goal in a cell."""
+    """A policy observation -> action that walks from where the ball is to a goal in a cell, with D4RL's gains."""
     cells = [tuple(cell) for cell in env.cells.tolist()]
     step = next_cells(cells, goal_cell)
     waypoint = min(cells, key=lambda cell: np.abs(observation[:2] - cell).sum())

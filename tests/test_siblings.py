@@ -242,7 +242,7 @@ def test_what_the_agent_gets(tmp_path, monkeypatch, script, data):
     for part, center, spread in ((seen[seen[:, 4] < 3], 5, 2), (seen[seen[:, 4] > 3], 9, 4)):
         for states in (part[:, :3], part[:, 5:8]):
             if len(part):
-                assert states.mean().item() == pytest.approx((center - mean) / std, abs=0.2)
+                assert states.mean().item() == pytest.approx((center - mean) / std, abs=0.3)
                 assert states.std().item() == pytest.approx(spread / std, rel=0.1)
     with torch.no_grad():
         expected = agents[0].actor((torch.tensor([[5.0] * 3, [7.0] * 3]) - mean) / std)

@@ -1,0 +1,93 @@
+"""Make a small dataset of V-D4RL's layout: a task of the DeepMind Control suite, rendered while an agent acts.
+
+    python synther_sac_online.py --env dmc/walker-walk --algo sac --total-steps 100000                 # the agent
+    python tests/paper/vd4rl_data.py --env walker-walk-mixed --run runs/dmc-walker-walk__... --episodes 40
+    python synther_vd4rl.py --env walker-walk-mixed --dataset-path vd4rl_data
+
+About 30 images a second on a CPU, whatever their size: 40 episodes of 501 images take 11 minutes. An episode of level
+`expert` is the agent's, one of `random` has random actions, and in one of `mixed` each action is random with a
+probability that is drawn once for the episode.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import h5py
+import numpy as np
+import torch
+import tyro
+from tqdm import trange
+
+sys.path.append(str(Path(__file__).parents[2]))
+import edm
+import synther_sac_online
+import synther_vd4rl
+
+
+@dataclass
+class Args:
+    env: str = "walker-walk-mixed"
+    """task and level (random, mixed or expert)"""
+    run: Optional[str] = None
+    """run folder of synther_sac_online.py with the agent that acts; random needs none"""
+    episodes: int = 40
+    """episodes of 501 images"""
+    out: str = "vd4rl_data"
+    """folder to write to"""
+    seed: int = 0
+    """seed of the task and the actions"""
+
+
+def load_actor(run, env):
+    """The actor of a run of synther_sac_online.py: a function observation -> a sampled action."""
+    obs_dim = sum(int(np.prod(spec.shape)) for spec in env.env.observation_spec().values())
+    state = edm.load_file(Path(run) / "checkpoint.pt", "cpu")["agent"]["actor"]
+    hidden_dim, layers = state["mean.weight"].shape[1], len([name for name in state if name.startswith("net")]) // 2
+    actor = synther_sac_online.TanhGaussianActor(obs_dim, env.act_dim, hidden_dim, layers)
+    actor.load_state_dict(state)
+    return actor
+
+
+@torch.no_grad()
+def main(args):
+    task, level = args.env.rsplit("-", 1)
+    if level not in ("random", "mixed", "expert") or (level != "random" and not args.run):
+        sys.exit("--env must end in -random, -mixed or -expert, and the last two need --run")
+    synther_vd4rl.choose_renderer()
+    env = synther_vd4rl.PixelEnv(task)
+    folder = Path(args.out) / "main" / task.replace("-", "_") / synther_vd4rl.LEVELS[level] / "84px"
+    folder.mkdir(parents=True, exist_ok=True)
+    actor = load_actor(args.run, env) if args.run else None
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    returns = []
+    for episode in trange(args.episodes, desc=args.env):
+        share = {"random": 1.0, "expert": 0.0, "mixed": rng.uniform()}[level]  # of random actions
+        images, ended = env.reset(args.seed + episode), False
+        rows = [(images[-3:], np.zeros(env.act_dim), 0.0, 1.0, 0)]
+        while not ended:
+            if rng.uniform() < share:
+                action = rng.uniform(-1, 1, env.act_dim)
+            else:
+                observation = np.concatenate([np.ravel(x) for x in env.observation.values()])
+                action = actor.sample(torch.as_tensor(observation, dtype=torch.float32)[None])[0][0].numpy()
+            images, reward, ended = env.step(action)
+            rows.append((images[-3:], action, reward, 1.0, 2 if ended else 1))
+        names = ("observation", "action", "reward", "discount", "step_type")
+        types = (np.uint8, np.float32, np.float32, np.float32, np.int64)
+        arrays = {name: np.array(x, dtype) for name, dtype, x in zip(names, types, zip(*rows))}
+
+        def write(f):
+            with h5py.File(f, "w") as file:
+                for name, x in arrays.items():
+                    file.create_dataset(name, data=x, compression="gzip" if name == "observation" else None)
+
+        edm.save_atomically(folder / f"episode_{args.seed}_{episode:04}.hdf5", write)
+        returns.append(arrays["reward"].sum())
+    print(f"{folder}: {args.episodes} episodes, return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -71,6 +71,15 @@ def trim_memory():
         pass  # another C library
 
 
+def warn_if_crowded():
+    """Say so if this machine has far more to do than it has cores: PyTorch's threads then wait for each other."""
+    if hasattr(os, "getloadavg") and torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * os.cpu_count():
+        tqdm.write(
+            f"this machine is crowded ({os.getloadavg()[0]:.0f} threads for {os.cpu_count()} cores), which can slow a run "
+            "of several threads down a hundred times: stop it, and --resume it with OMP_NUM_THREADS=1"
+        )
+
+
 # --- Denoiser ---------------------------------------------------------------------------------------------------------
 
 

@@ -73,10 +73,11 @@ def trim_memory():
 
 def warn_if_crowded():
     """Say so if this machine has far more to do than it has cores: PyTorch's threads then wait for each other."""
-    if hasattr(os, "getloadavg") and torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5 * os.cpu_count():
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    if torch.get_num_threads() > 1 and load > 1.5 * os.cpu_count():
         tqdm.write(
-            f"this machine is crowded ({os.getloadavg()[0]:.0f} threads for {os.cpu_count()} cores), which can slow a run "
-            "of several threads down a hundred times: stop it, and --resume it with OMP_NUM_THREADS=1"
+            f"this machine is crowded: {load:.0f} threads for {os.cpu_count()} cores. That can slow a run of several "
+            "threads down a hundred times; stop it, and --resume it with OMP_NUM_THREADS=1"
         )
 
 

@@ -71,6 +71,16 @@ def trim_memory():
         pass  # another C library
 
 
+def warn_if_crowded():
+    """Say so if this machine has far more to do than it has cores: PyTorch's threads then wait for each other."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    if torch.get_num_threads() > 1 and load > 1.5 * os.cpu_count():
+        tqdm.write(
+            f"this machine is crowded: {load:.0f} threads for {os.cpu_count()} cores. That can slow a run of several "
+            "threads down a hundred times; stop it, and --resume it with OMP_NUM_THREADS=1"
+        )
+
+
 # --- Denoiser ---------------------------------------------------------------------------------------------------------
 
 

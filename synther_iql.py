@@ -23,6 +23,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 import urllib.request
 import warnings
@@ -907,6 +908,9 @@ def start_run(args, start_time):
     resolved = json.dumps(vars(args) | {"resume": None}, indent=2)
     edm.save_atomically(run_dir / "args.json", lambda f: f.write(resolved.encode()))
     print(f"{resolved}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    timer = threading.Timer(90, edm.warn_if_crowded)
+    timer.daemon = True  # does not outlive the run
+    timer.start()
     metrics_path = run_dir / "metrics.csv"
     lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else ["step,key,value\n"]
     lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one

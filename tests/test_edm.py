@@ -958,3 +958,11 @@ def test_fast_matmul_keeps_float32_accuracy():
     x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
     exact = x.double() @ w.double()
     assert (x @ w - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_crowded_machine_is_mentioned(monkeypatch, capsys):
+    monkeypatch.setattr(edm.torch, "get_num_threads", lambda: 2)
+    for load, said in ((1.0, False), (1.4, False), (2.0, True)):
+        monkeypatch.setattr(edm.os, "getloadavg", lambda: (load * edm.os.cpu_count(), 0.0, 0.0))  # noqa: B023
+        edm.warn_if_crowded()
+        assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == said

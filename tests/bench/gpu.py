@@ -6,7 +6,7 @@
    graphs agree with eager steps, offline and online.
 2. The table of bench.py.
 3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates),
-   generated and real, timed.
+   generated and real, then with IQL and EDAC on the same samples, timed.
 4. The online experiment on HalfCheetah, 100,000 steps, with all three methods, timed.
 
 --only picks one of the four; --quick shrinks the last two to try the command; with --device cpu everything but the
@@ -28,6 +28,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import edm
+import synther_edac
+import synther_iql
 import synther_sac_online
 import synther_td3bc
 
@@ -90,6 +92,18 @@ def graph_difference(device):
     return max(largest_difference(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
+def offline_graph_difference(script, device):
+    """Relative difference of the critics after 300 updates on the bundled data as CUDA graphs and eagerly."""
+    critics = []
+    for compile in ("auto", "off"):
+        with tempfile.TemporaryDirectory() as folder:
+            options = dict(data="real", updates=300, eval_episodes=0, out_dir=folder, device=device, compile=compile)
+            script.main(script.Args(**options))
+            (path,) = Path(folder).glob("*/checkpoint.pt")
+            critics.append(torch.load(path, map_location="cpu", weights_only=True)["agent"]["critic"])
+    return max(largest_difference(critics[0][name], critics[1][name]) for name in critics[0])
+
+
 def online_graph_difference(device):
     """Relative difference of the critics after a short online run of Pendulum as CUDA graphs and eagerly."""
     critics = []
@@ -118,6 +132,9 @@ def main(args):
         print(f"200 agent updates {agent_difference(args.device):.1e}")
         print(f"graphs against eager steps, 300 diffusion steps: {graph_difference(args.device):.1e}")
         print(f"and 300 steps of SynthER online: {online_graph_difference(args.device):.1e}", flush=True)
+        for script in (synther_td3bc, synther_iql, synther_edac):
+            difference = offline_graph_difference(script, args.device)
+            print(f"and 300 updates of {script.__name__}: {difference:.1e}", flush=True)
     if args.only in (None, "bench"):
         subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device], check=True)
     diffusion = ["--diffusion-steps", "200", "--diffusion-width", "64", "--num-samples", "20000"]
@@ -127,6 +144,13 @@ def main(args):
             options = ["--env", "walker2d-medium-replay-v2", "--data", data]
             options += ["--dataset-path", args.data] if args.data else []
             run("synther_td3bc.py", options + small * args.quick, args)
+        folders = Path(args.out_dir).glob("walker2d-medium-replay-v2__synther_td3bc__*/synthetic.npz")
+        samples = max(folders, key=lambda path: path.stat().st_mtime)
+        for script in ("synther_iql.py", "synther_edac.py"):
+            for source in (["--synthetic-path", str(samples)], ["--data", "real"]):
+                options = ["--env", "walker2d-medium-replay-v2", *source]
+                options += ["--dataset-path", args.data] if args.data else []
+                run(script, options + small * args.quick, args)
     if args.only in (None, "online"):
         small = diffusion + ["--total-steps", "1500", "--learning-starts", "500", "--retrain-every", "700"]
         for algo in ("synther", "redq", "sac"):

@@ -26,6 +26,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ class Args:
     latent: Literal["both", "actor", "critic"] = "both"
     """features in a latent transition: of actor and critic, or of one of them, that then feeds both heads (Table 13)"""
     max_frames: int = 1_000_000
-    """stop loading after the file that brings the frames to this number (V-D4RL: 1,000,000; its sets have 100,000)"""
+    """stop loading after the file that brings the frames to this number (paper: 1,000,000; its sets have 100,000)"""
     agent_path: Optional[str] = None
     """run folder whose stage-1 agent to use, instead of training one"""
     synthetic_path: Optional[str] = None
@@ -107,33 +108,33 @@ class Args:
 
     # the agent (V-D4RL's values)
     stage1_updates: int = 550_000
-    """gradient updates from images (V-D4RL: 1,100,000 iterations, an update every second one)"""
+    """gradient updates from images (paper: 1,100,000 iterations, an update every second one)"""
     stage2_updates: int = 550_000
     """gradient updates of the new heads (paper: not said; here as many)"""
     nstep: Optional[int] = None
-    """steps of a transition's return (V-D4RL: 3 for DrQ+BC; for BC it makes no difference, and is 1)"""
+    """steps of a transition's return (paper: 3 for DrQ+BC; for BC it makes no difference, and is 1)"""
     batch_size: int = 256
-    """transitions per update (V-D4RL: 256)"""
+    """transitions per update (paper: 256)"""
     hidden_dim: int = 1024
-    """units per hidden layer of the heads (V-D4RL: 1024)"""
+    """units per hidden layer of the heads (paper: 1024)"""
     feature_dim: int = 50
     """features of a trunk (paper: 50, Appendix F)"""
     learning_rate: float = 3e-4
-    """Adam's learning rate (V-D4RL: 3e-4)"""
+    """Adam's learning rate (paper: 3e-4)"""
     discount: float = 0.99
-    """discount factor gamma (V-D4RL: 0.99)"""
+    """discount factor gamma (paper: 0.99)"""
     tau: float = 0.01
-    """rate of the target networks' moving average (V-D4RL: 0.01)"""
+    """rate of the target networks' moving average (paper: 0.01)"""
     alpha: float = 2.5
-    """weight of the Q-value against behaviour cloning (V-D4RL: 2.5)"""
+    """weight of the Q-value against behaviour cloning (paper: 2.5)"""
     noise_duration: int = 125_000
-    """updates over which the noise on the actions falls from 1.0 to 0.1, in each stage (V-D4RL: 250,000 iterations)"""
+    """updates over which the noise on the actions falls from 1.0 to 0.1, in each stage (paper: 250,000 iterations)"""
     noise_clip: float = 0.3
-    """limit of that noise (V-D4RL: 0.3)"""
+    """limit of that noise (paper: 0.3)"""
     eval_every: int = 5_000
-    """updates between evaluations (V-D4RL: 10,000 iterations)"""
+    """updates between evaluations (paper: 10,000 iterations)"""
     eval_episodes: int = 10
-    """episodes per evaluation, rendered, with the mean action (V-D4RL: 10); 0 skips evaluation"""
+    """episodes per evaluation, rendered, with the mean action (paper: 10); 0 skips evaluation"""
     checkpoint_every: int = 5_000
     """steps or updates between checkpoints"""
 
@@ -208,6 +209,7 @@ def read_file(path, frames):
     return [*others[:3], others[3] == 0]
 
 
+# Differs from synther_td3bc.load_dataset: images
 def load_dataset(args):
     """All images, and the n-step transitions between them.
 
@@ -680,6 +682,9 @@ def start_run(args, start_time):
     resolved = json.dumps(vars(args) | {"resume": None}, indent=2)
     edm.save_atomically(run_dir / "args.json", lambda f: f.write(resolved.encode()))
     print(f"{resolved}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    timer = threading.Timer(90, edm.warn_if_crowded)
+    timer.daemon = True  # does not outlive the run
+    timer.start()
     metrics_path = run_dir / "metrics.csv"
     lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else ["step,key,value\n"]
     lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one

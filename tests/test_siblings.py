@@ -38,7 +38,7 @@ AGENTS_WORDS = {  # arguments whose text or default names what is peculiar to an
 }  # fmt: skip
 OWN_WORDS = AGENTS_WORDS | {  # and to the offline, the online and the pixel setting
     "env", "seed", "resume", "diffusion_steps", "diffusion_width", "diffusion_batch_size", "diffusion_lr",
-    "num_samples", "data", "terminals",
+    "diffusion_seed", "noise_clip", "num_samples", "data", "terminals", "algo", "dataset_path", "synthetic_path",
 }  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def test_shared_arguments_agree():
     for name in set().union(*tables.values()):
         entries = {script: table[name] for script, table in tables.items() if name in table}
         kinds = {typing.Optional[entry[0]] for entry in entries.values()}
+        kinds = {"choice" if "Literal" in str(kind) else kind for kind in kinds}
         assert len(kinds) == 1, (name, entries)
         if name not in OWN_WORDS:
             assert len(set(entries.values())) == 1, (name, entries)

@@ -11,6 +11,10 @@ quality, generates the synthetic data, trains the agent on it, evaluates, and le
     python synther_edac.py --env Walker2d-v4 --dataset-path my_transitions.npz                      # your own data
     python synther_edac.py --resume runs/...                       # continue a run that was stopped
 
+EDAC learns slowly: after the first command's 5,000 updates it still acts at random, on generated and on real rows alike
+(a normalised score of 2.4, one seed each). On two CPU cores it takes 47 updates a second; the paper's 3,000,000 want a
+GPU.
+
 Sections: arguments | data | environment and scores | networks | agent | experiment.
 """
 

@@ -231,7 +231,7 @@ def load_dataset(args):
         for path, end in zip(tqdm(files, "images", **edm.BAR), ends):
             read.append(read_file(path, frames[end - count_rows(path) : end]))
     except Exception as error:  # truncated, another layout, a missing key, ...
-        raise edm.RunError(f"cannot read {path if 'path' in locals() else files[0]}: {error}") from None
+        raise edm.RunError(f"cannot read the files in {files[0].parent}: {error}") from None
     names = ("action", "reward", "discount", "first")
     data = {key: np.concatenate(parts) for key, parts in zip(names, zip(*read))}
     for key in ("reward", "discount", "first"):
@@ -523,7 +523,8 @@ class PixelAgent(nn.Module):
         actor_loss = self.heads.actor_loss(self.actor_trunk(h), critic_features, actions, noise)
         step_on_gradient(self.optimizers["actor"], actor_loss, self.actor_params)
         with torch.no_grad():
-            torch._foreach_lerp_(self.target, self.online, self.args.tau) if self.target else None
+            if self.target:  # behaviour cloning has none
+                torch._foreach_lerp_(self.target, self.online, self.args.tau)
             return torch.stack([critic_loss, actor_loss])
 
     def latents(self, images):
@@ -575,7 +576,8 @@ class LatentAgent(nn.Module):
         actor_loss = self.heads.actor_loss(actor_features, critic_features, actions, noise)
         step_on_gradient(self.optimizers["actor"], actor_loss, self.actor_params)
         with torch.no_grad():
-            torch._foreach_lerp_(self.target, self.online, self.args.tau) if self.target else None
+            if self.target:  # behaviour cloning has none
+                torch._foreach_lerp_(self.target, self.online, self.args.tau)
             return torch.stack([critic_loss, actor_loss])
 
 
@@ -935,8 +937,7 @@ def main(args):
             return agent.update(images, *others, next_images, noise)
 
         def policy():
-            actor = copy.deepcopy(nn.Sequential(agent.encoder, agent.actor_trunk, agent.heads.policy)).cpu()
-            return actor
+            return copy.deepcopy(nn.Sequential(agent.encoder, agent.actor_trunk, agent.heads.policy)).cpu()
 
         train("stage1", agent, args.stage1_updates, draw_and_update, policy, 0)
         settings = {"task": task, "algo": args.algo, "feature_dim": args.feature_dim}

@@ -121,15 +121,15 @@ class Args:
 
     # the agent (Appendix D: CORL's values)
     updates: Optional[int] = None
-    """gradient updates (paper: 3,000,000; quickstart: 5,000)"""
+    """gradient updates (paper: 3,000,000; quickstart: 30,000)"""
     batch_size: int = 256
     """transitions per update (paper: 256)"""
-    hidden_dim: int = 256
-    """units per hidden layer of actor and critics (paper: 256)"""
+    hidden_dim: Optional[int] = None
+    """units per hidden layer of actor and critics (paper: 256; quickstart: 128)"""
     hidden_layers: int = 3
     """hidden layers of actor and critics (paper: 3)"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate for actor, critics and temperature (paper: 3e-4)"""
+    learning_rate: Optional[float] = None
+    """Adam's learning rate for actor, critics and temperature (paper: 3e-4; quickstart: 1e-3)"""
     discount: float = 0.99
     """discount factor gamma (paper: 0.99)"""
     tau: float = 0.005
@@ -140,26 +140,27 @@ class Args:
     """weight of the diversity of the critics' gradients (paper: 1; halfcheetah- and walker2d-medium-expert 5; maze2d
     0.1)"""
     eval_every: Optional[int] = None
-    """updates between evaluations (paper: 5,000; quickstart: 1,000)"""
+    """updates between evaluations (paper: 5,000; quickstart: 3,000)"""
     eval_episodes: Optional[int] = None
     """episodes per evaluation (paper: 10); 0 skips evaluation"""
     checkpoint_every: Optional[int] = None
-    """steps or updates between checkpoints (default: 10,000; quickstart: 500)"""
+    """steps or updates between checkpoints (default: 10,000; quickstart: 1,000)"""
 
 
 # The paper's values, by a pattern of the dataset's name: each that matches adds to those before it.
 DEFAULTS = {
     r".*": dict(
         diffusion_steps=100_000, diffusion_width=1024, diffusion_lr=3e-4, num_samples=5_000_000, updates=3_000_000,
-        num_critics=10, eta=1.0, eval_every=5_000, eval_episodes=10, checkpoint_every=10_000, normalize_reward=False,
+        hidden_dim=256, learning_rate=3e-4, num_critics=10, eta=1.0, eval_every=5_000, eval_episodes=10,
+        checkpoint_every=10_000, normalize_reward=False,
     ),
     r"halfcheetah-medium-expert|hopper-medium-v2|hopper-medium-expert": dict(diffusion_width=2048),
     r"hopper": dict(num_critics=50),
     r"halfcheetah-medium-expert|walker2d-medium-expert": dict(eta=5.0),
     r"maze2d": dict(eta=0.1),
     r"quickstart": dict(
-        diffusion_steps=10_000, diffusion_width=512, diffusion_lr=1e-3, num_samples=200_000, updates=5_000,
-        eval_every=1_000, checkpoint_every=500,
+        diffusion_steps=10_000, diffusion_width=512, diffusion_lr=1e-3, num_samples=200_000, updates=30_000,
+        hidden_dim=128, learning_rate=1e-3, eval_every=3_000, checkpoint_every=1_000,
     ),
 }  # fmt: skip
 

@@ -116,7 +116,7 @@ def test_diversity_spreads_the_gradients():
 def test_initial_weights():
     """CORL's: hidden biases 0.1, heads and last layers small, the critics' hidden weights within 1/sqrt(outputs)."""
     torch.manual_seed(0)
-    agent = EDAC(17, 6, 1.0, synther_edac.resolve(Args(), 1_000), "cpu")
+    agent = EDAC(17, 6, 1.0, synther_edac.resolve(Args(env="x"), 1_000), "cpu")
     for layer in (m for m in agent.actor.net if isinstance(m, nn.Linear)):
         assert (layer.bias == 0.1).all() and layer.weight.abs().max() <= 1 / math.sqrt(layer.in_features)
     for head in (agent.actor.mean, agent.actor.log_std):

@@ -151,6 +151,86 @@ def test_random_shift_keeps_a_stack_together():
     assert {y for y, _ in seen} == {x for _, x in seen} == set(range(9)) and len(seen) > 60
 
 
+# --- Environment ------------------------------------------------------------------------------------------------------
+
+# Runs in a process of its own, because MuJoCo loads its renderer once, and the tests' own loads none.
+RENDERED = """
+import sys
+import numpy as np, torch
+import synther_vd4rl
+try:
+    synther_vd4rl.choose_renderer()
+except synther_vd4rl.edm.RunError:
+    sys.exit(77)
+from dm_control import suite
+env = synther_vd4rl.PixelEnv("walker-walk")
+env.env._step_limit = 60
+first, actions = env.reset(3), np.random.RandomState(0).uniform(-1, 1, (30, 6))
+steps = [env.step(action) for action in actions]
+positions = env.env.physics.data.qpos.copy()
+again = env.reset(3)
+plain = suite.load("walker", "walk", task_kwargs={"random": 3})
+plain.reset()
+rewards = [sum(plain.step(action).reward for _ in range(2)) for action in actions]
+shown = plain.physics.render(84, 84, camera_id=0)
+policy = lambda images: torch.tanh(images.float().mean() / 100 + torch.arange(6)[None] / 6)
+evaluations = [synther_vd4rl.evaluate(policy, env, 2, 7) for _ in range(2)]
+np.savez(
+    sys.argv[1], first=first, again=again, images=np.stack([s[0] for s in steps]), reward=[s[1] for s in steps],
+    ended=[s[2] for s in steps], positions=positions, plain_rewards=rewards, plain_positions=plain.physics.data.qpos,
+    shown=shown, returns=[e[0] for e in evaluations], film=evaluations[0][1],
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rendered") / "out.npz"
+    environ = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", RENDERED, path], env=environ, capture_output=True, text=True)
+    if result.returncode == 77:
+        pytest.skip("this machine has neither EGL nor OSMesa")
+    assert result.returncode == 0, result.stderr
+    return dict(np.load(path))
+
+
+def test_actions_act_twice(rendered):
+    """Against dm_control itself, from the same seed: rewards of two steps are added, and the same state is reached."""
+    assert len(set(rendered["reward"].round(6))) > 20
+    np.testing.assert_allclose(rendered["reward"], rendered["plain_rewards"])
+    np.testing.assert_array_equal(rendered["positions"], rendered["plain_positions"])
+    assert not rendered["ended"][:-1].any() and rendered["ended"][-1]
+
+
+def test_three_images_are_seen(rendered):
+    first, images = rendered["first"], rendered["images"]
+    assert first.shape == (9, 84, 84) and first.dtype == images.dtype == np.uint8 and first.std() > 10
+    np.testing.assert_array_equal(first, rendered["again"])
+    newest = np.stack([first[:3], first[:3], first[:3], *images[:, -3:]])  # the first image stands for those before it
+    assert len({image.tobytes() for image in newest}) > 25
+    for t, seen in enumerate(images, start=1):
+        np.testing.assert_array_equal(seen, np.concatenate(newest[t : t + 3]))
+    np.testing.assert_array_equal(newest[-1], rendered["shown"].transpose(2, 0, 1))
+
+
+def test_evaluation_repeats_itself(rendered):
+    """An evaluation begins with its own seeds, whatever was played before; its film is the first episode's."""
+    returns = rendered["returns"]
+    np.testing.assert_array_equal(returns[0], returns[1])
+    assert returns.shape == (2, 2) and returns[0, 0] != returns[0, 1] and (0 < returns).all() and (returns < 60).all()
+    assert rendered["film"].shape == (30, 3, 84, 84)
+
+
+def test_no_renderer(monkeypatch):
+    """Where neither way of rendering works, the message names the packages, and nothing is set."""
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 1))
+    with pytest.raises(RunError, match="libegl1.*libosmesa6.*--eval-episodes 0"):
+        synther_vd4rl.choose_renderer()
+    assert "MUJOCO_GL" not in os.environ
+
+
 # --- Agents -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ Sections: arguments | data | environment and scores | networks | agents | experi
 """
 
 import copy
+import ctypes
 import dataclasses
 import json
 import math
@@ -591,6 +592,17 @@ def step_on_gradient(optimizer, loss, params):
 # --- Experiment -------------------------------------------------------------------------------------------------------
 
 
+def keep_freed_memory():
+    """On a CPU, keep the memory of freed images for the next: glibc gives large blocks back to the system each time,
+    and clearing new ones takes longer than the convolutions (1.4 of 2.3 seconds for 256 images)."""
+    try:
+        libc, (trim_threshold, mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names from malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**30)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
+
+
 MAY_CHANGE = ("resume",)
 
 
@@ -839,6 +851,8 @@ def main(args):
         if getattr(args, name):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     task, env = args.env.rsplit("-", 1)[0], None
     if args.eval_episodes:
         choose_renderer()

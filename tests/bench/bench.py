@@ -14,6 +14,7 @@ the median of the ratios within a turn. Nothing is asserted.
 
 import argparse
 import copy
+import ctypes
 import math
 import resource
 import statistics
@@ -492,6 +493,100 @@ def plain_sac(buffers, num_q, utd, device):
     return step
 
 
+def random_shift_by_sampling(images, pad=4):
+    """The public random shift: every image is interpolated at shifted positions."""
+    n, _, height, width = images.shape
+    images = F.pad(images, (pad, pad, pad, pad), "replicate")
+    size = height + 2 * pad
+    line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=images.device, dtype=images.dtype)[:height]
+    base = torch.stack([line.expand(height, width), line[:, None].expand(height, width)], dim=-1)
+    shift = torch.randint(0, 2 * pad + 1, (n, 1, 1, 2), device=images.device, dtype=images.dtype) * 2 / size
+    return F.grid_sample(images, base + shift, padding_mode="zeros", align_corners=False)
+
+
+def plain_drqbc(frames, actions, rewards, device):
+    """A function that draws a batch as a data loader does, image by image from numpy, and makes a DrQ+BC update."""
+    layers = [nn.Conv2d(9, 32, 3, stride=2), nn.ReLU()] + 3 * [nn.Conv2d(32, 32, 3), nn.ReLU()]
+    encoder = nn.Sequential(*[copy.deepcopy(layer) for layer in layers], nn.Flatten()).to(device)
+    trunk = nn.Sequential(nn.Linear(39_200, 50), nn.LayerNorm(50), nn.Tanh())
+    actor_trunk, critic_trunk = trunk.to(device), copy.deepcopy(trunk).to(device)
+
+    def head(inputs, outputs):
+        hidden = [nn.Linear(inputs, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
+        return nn.Sequential(*hidden, nn.Linear(1024, outputs)).to(device)
+
+    policy, q1, q2 = head(50, ACT_DIM), head(50 + ACT_DIM, 1), head(50 + ACT_DIM, 1)
+    critic = nn.ModuleList([critic_trunk, q1, q2])
+    target = copy.deepcopy(critic)
+    encoder_optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-4)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=3e-4)
+    actor_optimizer = torch.optim.Adam([*actor_trunk.parameters(), *policy.parameters()], lr=3e-4)
+
+    def draw():
+        i = np.random.randint(3, len(frames) - 3)
+        return frames[i - 3 : i].reshape(9, 84, 84), actions[i], rewards[i], frames[i : i + 3].reshape(9, 84, 84)
+
+    def sample(h, std):
+        mean = torch.tanh(policy(actor_trunk(h)))
+        raw = mean + torch.clamp(torch.randn_like(mean) * std, -0.3, 0.3)
+        return raw - raw.detach() + torch.clamp(raw, -1 + 1e-6, 1 - 1e-6).detach()
+
+    def values(networks, h, a):
+        x = torch.cat([networks[0](h), a], dim=-1)
+        return networks[1](x), networks[2](x)
+
+    def update():
+        batch = [np.stack(x) for x in zip(*(draw() for _ in range(BATCH)))]
+        images, a, r, next_images = [torch.as_tensor(x, device=device) for x in batch]
+        h = encoder(random_shift_by_sampling(images.float()) / 255.0 - 0.5)
+        with torch.no_grad():
+            h_next = encoder(random_shift_by_sampling(next_images.float()) / 255.0 - 0.5)
+            y = r[:, None] + 0.97 * torch.min(*values(target, h_next, sample(h_next, 0.5)))
+        v1, v2 = values(critic, h, a)
+        critic_loss = F.mse_loss(v1, y) + F.mse_loss(v2, y)
+        log = {"critic_loss": critic_loss.item()}
+        encoder_optimizer.zero_grad()
+        critic_optimizer.zero_grad()
+        critic_loss.backward()
+        critic_optimizer.step()
+        encoder_optimizer.step()
+        pi = sample(h.detach(), 0.5)
+        q = torch.min(*values(critic, h.detach(), pi))
+        actor_loss = -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(pi, a)
+        log["actor_loss"] = actor_loss.item()
+        actor_optimizer.zero_grad()
+        actor_loss.backward()
+        actor_optimizer.step()
+        for slow, fast in zip(target.parameters(), critic.parameters()):
+            slow.data.copy_(0.01 * fast.data + 0.99 * slow.data)
+        return log
+
+    return update
+
+
+def convolutions(device):
+    """A function that does DrQ+BC's convolutions and its trunks' multiplies once: images with gradients, next images
+    without."""
+    jobs, shape = [], (BATCH, 9, 84, 84)
+    for i, stride in enumerate((2, 1, 1, 1)):
+        x, w = torch.randn(shape, device=device), torch.randn(32, shape[1], 3, 3, device=device)
+        gradient = torch.randn_like(F.conv2d(x, w, stride=stride))
+        jobs.append((x, w, gradient, stride, [i > 0, True, False]))
+        shape = gradient.shape
+    wide = (BATCH, 39_200, 50)
+    multiply = matmuls(device, forward=2 * [wide] + [wide], backward=[wide], first=[wide])
+
+    def run():
+        for x, w, gradient, stride, which in jobs:
+            F.conv2d(x, w, stride=stride)
+            F.conv2d(x, w, stride=stride)
+            convolution = [stride, stride], [0, 0], [1, 1], False, [0, 0], 1
+            torch.ops.aten.convolution_backward(gradient, x, w, None, *convolution, which)
+        multiply()
+
+    return run
+
+
 # --- Rows of the table ------------------------------------------------------------------------------------------------
 
 
@@ -710,6 +805,58 @@ def bench_offline(device, repeats, quick, name):
     return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
 
 
+def bench_drqbc(device, repeats, quick):
+    """Returns seconds per update from images: ours, reference, limit."""
+    import synther_vd4rl
+
+    updates = (50 if quick else 200) if device == "cuda" else (1 if quick else 2)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4_000, 3, 84, 84), dtype=np.uint8)
+    actions = rng.uniform(-1, 1, (4_000, ACT_DIM)).astype(np.float32)
+    rewards = rng.uniform(0, 2, 4_000).astype(np.float32)
+    reference_update = plain_drqbc(frames, actions, rewards, device)
+
+    # As the main of the script does it
+    args = synther_vd4rl.resolve(synther_vd4rl.Args())
+    agent = synther_vd4rl.PixelAgent(ACT_DIM, args, device)
+    images, a, r = (torch.as_tensor(x, device=device) for x in (frames, actions, rewards))
+    rows, discounts = torch.arange(3, 3_900, device=device), torch.full((4_000,), 0.97, device=device)
+    noise, losses = torch.full((), 0.5, device=device), torch.zeros(2, device=device)
+
+    def train_step():
+        row = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
+        start = torch.zeros_like(row)
+        batch, next_batch = (
+            synther_vd4rl.random_shift(synther_vd4rl.stacked(images, last, start)) for last in (row - 1, row + 2)
+        )
+        losses.add_(agent.update(batch, a[row], r[row], discounts[row], next_batch, noise))
+
+    if device == "cuda":
+        train_step = edm.cuda_graph(train_step)
+    convolve = convolutions(device)
+
+    def ours():
+        if device == "cpu":
+            synther_vd4rl.keep_freed_memory()
+        for _ in range(updates):
+            train_step()
+
+    def reference():
+        if device == "cpu" and sys.platform == "linux":
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-1, 64 * 2**20)  # where glibc's own thresholds, which grow by themselves, end
+            libc.mallopt(-3, 32 * 2**20)
+        with plain_pytorch():
+            for _ in range(updates):
+                reference_update()
+
+    def limit():
+        for _ in range(updates):
+            convolve()
+
+    return [[t / updates for t in times] for times in take_turns([ours, reference, limit], repeats)]
+
+
 def bench_sac(device, repeats, quick, algo):
     """Returns seconds per critic update at 20 updates per environment step: ours, reference, limit."""
     import synther_sac_online
@@ -824,7 +971,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="shorter turns")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
     parser.add_argument(
-        "--only", choices=("training", "sampling", "td3bc", "iql", "edac", "sac"), help="one part of the table"
+        "--only", choices=("training", "sampling", "td3bc", "iql", "edac", "sac", "drqbc"), help="one part of the table"
     )
     parser.add_argument("--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead")
     args = parser.parse_args()
@@ -859,6 +1006,8 @@ def main():
     if args.only in (None, "sac"):
         show("SAC (SynthER) update, 20 per step", "us/update", 1e6, bench_sac(*options, algo="synther"))
         show("REDQ update, 20 per step", "us/update", 1e6, bench_sac(*options, algo="redq"))
+    if args.only in (None, "drqbc"):
+        show(f"DrQ+BC update from images, batch {BATCH}", "ms/update", 1e3, bench_drqbc(*options))
 
 
 def cpu_name():

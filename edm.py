@@ -750,28 +750,29 @@ def format_report(report):
 
 
 def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
-    """Histograms of each column of real and generated rows (Figure 8) as a PNG."""
+    """Histograms of the columns of real and generated rows (Figure 8) as a PNG; of many columns, an even choice."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = [f"s[{i}]" for i in range(obs_dim)] + [f"a[{i}]" for i in range(act_dim)] + ["r"]
-    names = (names + [f"s'[{i}]" for i in range(obs_dim)] + ["d"])[:max_panels]
+    names = (names + [f"s'[{i}]" for i in range(obs_dim)] + ["d"])[: real.shape[1]]
+    shown = np.linspace(0, len(names) - 1, min(len(names), max_panels)).round().astype(int)
     columns = 8
     fig, axes = plt.subplots(
-        -(-len(names) // columns), columns, figsize=(16, 1.6 * -(-len(names) // columns)), layout="constrained"
+        -(-len(shown) // columns), columns, figsize=(16, 1.6 * -(-len(shown) // columns)), layout="constrained"
     )
-    for i, (ax, name) in enumerate(zip(axes.flat, names)):
+    for i, ax in zip(shown, axes.flat):
         x, y = real[:100_000, i], synthetic[:100_000, i]
         low, high = x.quantile(0.001).item(), x.quantile(0.999).item()
         bins = np.linspace(low - 1e-3, high + 1e-3, 60)
         ax.hist(x.clamp(low, high).numpy(), bins, density=True, color="tab:orange", alpha=0.6)
         ax.hist(y.clamp(low, high).numpy(), bins, density=True, color="tab:blue", alpha=0.6)
-        ax.set_title(name, fontsize=8)
+        ax.set_title(names[i], fontsize=8)
         ax.set_yticks([])
         ax.tick_params(labelsize=6)
-    for ax in axes.flat[len(names) :]:
+    for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))

@@ -4,10 +4,11 @@ Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303
 V-D4RL (Lu et al., 2022). Stage 1 trains DrQ+BC, or behaviour cloning, from images. Then its encoder and trunks are
 frozen; they turn each transition into 50 features of the actor and 50 of the critic, before and after. Stage 2 trains
 new heads, the layers behind the trunks, on such latent transitions: those of the dataset, or those that a diffusion
-model generates. Both stages are evaluated from images.
+model generates. Both stages are evaluated from images: the end of stage 1 is the paper's "Original", that of stage 2 on
+generated latents its "SynthER" (Table 4), and on the dataset's latents (--data real) a control for the new heads.
 
     python synther_vd4rl.py --env walker-walk-expert --dataset-path vd4rl_data             # the paper's; wants a GPU
-    python synther_vd4rl.py --env walker-walk-expert --dataset-path vd4rl_data --data real           # the baseline
+    python synther_vd4rl.py --env walker-walk-expert --dataset-path vd4rl_data --data real            # the control
     python synther_vd4rl.py ... --agent-path runs/... --data real                      # another stage 2, same stage 1
     python synther_vd4rl.py ... --algo bc                                                      # behaviour cloning
     python synther_vd4rl.py --resume runs/...                                   # continue a run that was stopped
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -226,17 +228,19 @@ def load_dataset(args):
     """
     files = find_files(args)
     try:
-        ends = np.cumsum([count_rows(path) for path in files])
-        files = files[: np.searchsorted(ends, args.max_frames) + 1]
-        frames, read = torch.empty(ends[len(files) - 1], 3, 84, 84, dtype=torch.uint8), []
-        for path, end in zip(tqdm(files, "images", **edm.BAR), ends):
-            read.append(read_file(path, frames[end - count_rows(path) : end]))
+        counts = [count_rows(path) for path in files]
+        counts = counts[: np.searchsorted(np.cumsum(counts), args.max_frames) + 1]
+        frames, read = torch.empty(sum(counts), 3, 84, 84, dtype=torch.uint8), []
+        for path, part in zip(tqdm(files[: len(counts)], "images", **edm.BAR), frames.split(counts)):
+            read.append(read_file(path, part))
+            if any(len(x) != len(part) for x in read[-1]):
+                raise ValueError(f"{path.name} has arrays of different lengths")
+        names = ("action", "reward", "discount", "first")
+        data = {key: np.concatenate(parts) for key, parts in zip(names, zip(*read))}
+        for key in ("reward", "discount", "first"):
+            data[key] = data[key].reshape(len(frames))
     except Exception as error:  # truncated, another layout, a missing key, ...
         raise edm.RunError(f"cannot read the files in {files[0].parent}: {error}") from None
-    names = ("action", "reward", "discount", "first")
-    data = {key: np.concatenate(parts) for key, parts in zip(names, zip(*read))}
-    for key in ("reward", "discount", "first"):
-        data[key] = data[key].reshape(len(frames))
     for key in ("action", "reward", "discount"):
         if not np.isfinite(data[key]).all():
             raise edm.RunError(f"{key} of {args.env} holds NaN or Inf")
@@ -324,8 +328,11 @@ class PixelEnv:
     """A DeepMind Control task as V-D4RL has it: each action acts twice, three images of 84 x 84 are seen at once."""
 
     def __init__(self, task_name):
-        from dm_control import suite  # after MUJOCO_GL is set
+        import mujoco  # both after MUJOCO_GL is set
+        from dm_control import suite
 
+        if tuple(map(int, mujoco.mj_versionString().split(".")[:2])) >= (3, 5):
+            warnings.warn("with mujoco 3.5 and later the floor looks different: its images are not V-D4RL's; use 3.4.0")
         self.env = suite.load(*task_name.split("-"))
         self.act_dim = self.env.action_spec().shape[0]
 
@@ -597,8 +604,8 @@ def keep_freed_memory():
     and clearing new ones takes longer than the convolutions (1.4 of 2.3 seconds for 256 images)."""
     try:
         libc, (trim_threshold, mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names from malloc.h
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**30)
+        if libc.mallopt(mmap_threshold, 2**30) == 1:  # some versions refuse so much
+            libc.mallopt(trim_threshold, 2**31 - 1)
     except (AttributeError, OSError, TypeError):
         pass  # another C library
 
@@ -657,9 +664,10 @@ def check_args(args):
         raise edm.RunError("--latent is a choice between the features of actor and critic; --algo bc has no critic")
     if args.synthetic_path and not args.agent_path:
         raise edm.RunError("--synthetic-path needs --agent-path, the run whose stage-1 agent the latents come from")
-    for path in (args.synthetic_path, args.agent_path and Path(args.agent_path) / "agent.pt"):
-        if path and not Path(path).is_file():
-            raise edm.RunError(f"no such file: {path}")
+    if args.agent_path and not (Path(args.agent_path) / "agent.pt").is_file():
+        raise edm.RunError(f"no agent.pt in {args.agent_path}: --agent-path wants the run folder that trained stage 1")
+    if args.synthetic_path and not Path(args.synthetic_path).is_file():
+        raise edm.RunError(f"no such file: {args.synthetic_path}")
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
         raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
     if args.compile == "on" and args.device == "cpu":
@@ -667,20 +675,35 @@ def check_args(args):
 
 
 def load_agent(path, act_dim, args, device):
-    """The stage-1 agent that a run left in `path`, frozen, and its evaluations.
+    """The frozen encoder and trunks that stage 1 left in `path`, in a PixelAgent, and what was saved beside them.
 
     Raises:
-        RunError: it is of another task, algorithm or size.
+        RunError: it is of another dataset, algorithm or size.
     """
     saved = edm.load_file(path, device)
-    own = {"task": args.env.rsplit("-", 1)[0], "algo": args.algo, "feature_dim": args.feature_dim}
-    if different := [f"{name}={saved['settings'][name]}" for name in own if saved["settings"][name] != own[name]]:
+    settings = saved.get("settings", {})
+    own = {"env": args.env, "algo": args.algo, "feature_dim": args.feature_dim}
+    if different := [f"{name}={settings.get(name)}" for name in own if settings.get(name) != own[name]]:
         raise edm.RunError(f"{path} is an agent of {', '.join(different)}")
     with torch.random.fork_rng(devices=[]):  # the weights are replaced
         agent = PixelAgent(act_dim, args, device)
     state = {name: x for name, x in saved["agent"].items() if not name.startswith("heads")}
     agent.load_state_dict(state, strict=False)
     return agent.requires_grad_(False), saved
+
+
+def check_synthetic(args):
+    """Raise RunError unless the latents in --synthetic-path come from the stage-1 agent in --agent-path."""
+    folder = Path(args.synthetic_path).parent
+    try:
+        made_by = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        raise edm.RunError(f"{folder} lacks the args.json of the run that made {args.synthetic_path}") from None
+    wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "feature_dim")}
+    if different := [f"{name}={made_by.get(name)}" for name in wanted if made_by.get(name) != wanted[name]]:
+        raise edm.RunError(f"{args.synthetic_path} was made with {', '.join(different)}")
+    if Path(made_by.get("agent_path") or folder).name != Path(args.agent_path).name:
+        raise edm.RunError(f"{args.synthetic_path} holds latents of another stage-1 agent than {args.agent_path}")
 
 
 # Copied from synther_td3bc.start_run
@@ -748,7 +771,6 @@ def make_synthetic(args, real, latent_dim, act_dim, run_dir, device, log, step):
     under D4RL's names of observations), the model as diffusion.pt, the histograms as marginals.png.
     """
     path = Path(args.synthetic_path or run_dir / "synthetic.npz")
-    with_terminal = lambda rows: F.pad(rows, (0, 1))  # noqa: E731
     if path.exists():
         (run_dir / "synthetic.partial").unlink(missing_ok=True)
         try:
@@ -790,14 +812,17 @@ def make_synthetic(args, real, latent_dim, act_dim, run_dir, device, log, step):
     )
     step += args.diffusion_steps
     log(step, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
-    report = edm.quality_report(with_terminal(real), with_terminal(rows))
+    report = edm.quality_report(real, rows)
+    for key in ("terminals", "terminals_real"):  # of the last column, which is a feature here
+        report.pop(key, None)
     print(edm.format_report(report))
     log(step, {f"diffusion/{key}": value for key, value in report.items()})
     if report["nonfinite"] > 0:
         raise edm.RunError(f"{report['nonfinite']:.1%} of the generated transitions hold NaN or Inf")
-    edm.plot_marginals(run_dir / "marginals.png", with_terminal(real), with_terminal(rows), latent_dim, act_dim)
-    saved = edm.unpack(with_terminal(rows), latent_dim, act_dim)
-    edm.save_atomically(path, lambda f: np.savez(f, **saved))
+    edm.plot_marginals(run_dir / "marginals.png", real, rows, latent_dim, act_dim)
+    z, action, reward, next_z = (part.numpy() for part in rows.split([latent_dim, act_dim, 1, latent_dim], dim=1))
+    saved = dict(observations=z, actions=action, rewards=reward[:, 0], next_observations=next_z)
+    edm.save_atomically(path, lambda f: np.savez(f, **saved, terminals=np.zeros(len(rows), bool)))
     (run_dir / "synthetic.partial").unlink()
     return rows
 
@@ -856,20 +881,27 @@ def main(args):
     task, env = args.env.rsplit("-", 1)[0], None
     if args.eval_episodes:
         choose_renderer()
-        env = PixelEnv(task)
+        try:
+            env = PixelEnv(task)
+            env.reset(args.seed)
+        except Exception as error:  # MuJoCo's and OpenGL's, of many kinds
+            raise edm.RunError(f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from None
     data = load_dataset(args)
     act_dim = data["action"].shape[1]
     if env and env.act_dim != act_dim:
         raise edm.RunError(f"the dataset has {act_dim} action dimensions, {task} has {env.act_dim}")
+    if args.agent_path:
+        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args, "cpu")  # refuses one that does not fit
     run_dir, log = start_run(args, start_time)
     print(f"{len(data['frames']):,} images, {len(data['row']):,} transitions of {args.nstep} steps")
     data = {key: x.to(device) for key, x in data.items()}
-    checkpoint_path, agent_path = run_dir / "checkpoint.pt", run_dir / "agent.pt"
-    score_id, evaluations, film = f"dmc/{task}", [], []
+    checkpoint_path, latents_path = run_dir / "checkpoint.pt", run_dir / "latents.pt"
+    agent_path = Path(args.agent_path or run_dir) / "agent.pt"
+    score_id, evaluations = f"dmc/{task}", []
 
-    def train(stage, agent, updates, draw_and_update, policy, offset):
+    def train(stage, agent, updates, draw_and_update, make_policy, offset):
         """Train an agent of either stage, with evaluations and checkpoints; `offset` is added to the logged steps."""
-        nonlocal evaluations, start_time, film
+        nonlocal evaluations, start_time
         losses, noise, start = torch.zeros(len(LOSSES), device=device), torch.ones((), device=device), 0
         if checkpoint_path.exists():
             checkpoint = edm.load_file(checkpoint_path, device)
@@ -879,7 +911,7 @@ def main(args):
                     optimizer.load_state_dict(checkpoint["optimizers"][name])
                 losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]
                 edm.set_rng_state(checkpoint["rng"], device)
-                start_time -= checkpoint["seconds"]
+                start_time = time.time() - checkpoint["seconds"]
 
         def train_step():
             losses.add_(draw_and_update(noise))
@@ -888,8 +920,8 @@ def main(args):
             train_step = edm.cuda_graph(train_step)
 
         def run_evaluation(update):
-            nonlocal film
-            returns, film = evaluate(policy(), env, args.eval_episodes, args.seed)
+            returns, film = evaluate(make_policy(), env, args.eval_episodes, args.seed)
+            plot_episode(run_dir / "episode.png", film, f"{run_dir.name}: {stage}, {update:,} updates")
             evaluations.append((offset + update, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
             values["eval/normalized_score"] = normalized_score(score_id, returns).mean()
@@ -898,6 +930,8 @@ def main(args):
 
         log_every = 1_000
         bar = tqdm(range(start + 1, updates + 1), stage, initial=start, total=updates, **edm.BAR)
+        if args.eval_episodes and offset + start == 0:
+            run_evaluation(0)
         last_time, last_log = time.time(), start - start % log_every
         for update in bar:
             noise.fill_(1 - 0.9 * min((update - 1) / args.noise_duration, 1))
@@ -933,35 +967,39 @@ def main(args):
 
     # --- Stage 1: from images ---
     torch.manual_seed(args.seed)
-    if args.agent_path:
-        agent, _ = load_agent(Path(args.agent_path) / "agent.pt", act_dim, args, device)
-    elif agent_path.exists():
-        agent, saved = load_agent(agent_path, act_dim, args, device)
-        evaluations = saved["evaluations"]
-    else:
+    if not agent_path.exists():
         agent = PixelAgent(act_dim, args, device)
 
-        def draw_and_update(noise):
+        def update_from_images(noise):
             index = torch.randint(len(data["row"]), (args.batch_size,), device=device)
             row, start = data["row"][index], data["start"][index]
-            images, next_images = (
-                random_shift(stacked(data["frames"], last, start)) for last in (row - 1, row + args.nstep - 1)
-            )
+            images = next_images = random_shift(stacked(data["frames"], row - 1, start))
+            if args.algo == "drqbc":
+                next_images = random_shift(stacked(data["frames"], row + args.nstep - 1, start))
             others = (data[key][index] for key in ("action", "reward", "discount"))
             return agent.update(images, *others, next_images, noise)
 
-        def policy():
+        def policy_from_images():
             return copy.deepcopy(nn.Sequential(agent.encoder, agent.actor_trunk, agent.heads.policy)).cpu()
 
-        train("stage1", agent, args.stage1_updates, draw_and_update, policy, 0)
-        settings = {"task": task, "algo": args.algo, "feature_dim": args.feature_dim}
-        saved = {"settings": settings, "agent": agent.state_dict(), "evaluations": evaluations}
+        train("stage1", agent, args.stage1_updates, update_from_images, policy_from_images, 0)
+        saved = {
+            "settings": {"env": args.env, "algo": args.algo, "feature_dim": args.feature_dim},
+            "agent": agent.state_dict(),
+            "evaluations": evaluations,
+            "seconds": time.time() - start_time,
+        }
         edm.save_atomically(agent_path, lambda f: torch.save(saved, f))
-        agent.requires_grad_(False)
+    agent, saved = load_agent(agent_path, act_dim, args, device)
+    offset = 0
+    if not args.agent_path:
+        evaluations, offset, start_time = saved["evaluations"], args.stage1_updates, time.time() - saved["seconds"]
 
     # --- Latent transitions ---
-    real = extract_latents(agent, data, args.diffusion_seed)
-    offset = 0 if args.agent_path else args.stage1_updates
+    if not latents_path.exists():  # kept until the end, so that a resumed run has them to the last bit
+        rows = extract_latents(agent, data, args.diffusion_seed)
+        edm.save_atomically(latents_path, lambda f: torch.save(rows, f))
+    real = edm.load_file(latents_path)
     data = None  # gives the images' memory back
     torch.manual_seed(args.seed)
     heads = LatentAgent(act_dim, args, device)
@@ -974,15 +1012,16 @@ def main(args):
     rows = rows.to(device)
 
     # --- Stage 2: new heads ---
-    def draw_and_update(noise):  # noqa: F811
+    def update_from_latents(noise):
         return heads.update(rows[torch.randint(len(rows), (args.batch_size,), device=device)], noise)
 
-    def policy():  # noqa: F811
+    def policy_from_latents():
         frozen, new = copy.deepcopy((agent, heads))
         frozen, new = frozen.cpu(), new.cpu()
         return lambda images: new.heads.policy(new.features(frozen.latents(images))[0])
 
-    train("stage2", heads, args.stage2_updates, draw_and_update, policy, offset)
+    train("stage2", heads, args.stage2_updates, update_from_latents, policy_from_latents, offset)
+    latents_path.unlink(missing_ok=True)
 
     # --- Results ---
     if evaluations:
@@ -993,8 +1032,6 @@ def main(args):
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **final))
         unit = "updates of stage 1, then of stage 2" if offset else "updates of stage 2"
         plot_learning_curve(run_dir / "learning_curve.png", score_id, evaluations, unit)
-        if film:
-            plot_episode(run_dir / "episode.png", film, f"{run_dir.name}: an episode at the end")
         ends = [("stage 1, last", np.flatnonzero(updates <= offset)[-1])] if offset else []
         for name, k in (*ends, ("stage 2, last", -1)):
             print(

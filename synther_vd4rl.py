@@ -656,6 +656,20 @@ def check_numbers(args):
             raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
 
 
+def check_synthetic(args):
+    """Raise RunError unless the latents in --synthetic-path come from the stage-1 agent in --agent-path."""
+    folder = Path(args.synthetic_path).parent
+    try:
+        made_by = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        raise edm.RunError(f"{folder} lacks the args.json of the run that made {args.synthetic_path}") from None
+    wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "feature_dim")}
+    if different := [f"{name}={made_by.get(name)}" for name in wanted if made_by.get(name) != wanted[name]]:
+        raise edm.RunError(f"{args.synthetic_path} was made with {', '.join(different)}")
+    if Path(made_by.get("agent_path") or folder).name != Path(args.agent_path).name:
+        raise edm.RunError(f"{args.synthetic_path} holds latents of another stage-1 agent than {args.agent_path}")
+
+
 def check_args(args):
     """Raise RunError where an argument makes no sense or a choice cannot be had on this machine."""
     check_numbers(args)
@@ -668,6 +682,8 @@ def check_args(args):
         raise edm.RunError(f"no agent.pt in {args.agent_path}: --agent-path wants the run folder that trained stage 1")
     if args.synthetic_path and not Path(args.synthetic_path).is_file():
         raise edm.RunError(f"no such file: {args.synthetic_path}")
+    if args.synthetic_path:
+        check_synthetic(args)
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
         raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
     if args.compile == "on" and args.device == "cpu":
@@ -690,20 +706,6 @@ def load_agent(path, act_dim, args, device):
     state = {name: x for name, x in saved["agent"].items() if not name.startswith("heads")}
     agent.load_state_dict(state, strict=False)
     return agent.requires_grad_(False), saved
-
-
-def check_synthetic(args):
-    """Raise RunError unless the latents in --synthetic-path come from the stage-1 agent in --agent-path."""
-    folder = Path(args.synthetic_path).parent
-    try:
-        made_by = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
-        raise edm.RunError(f"{folder} lacks the args.json of the run that made {args.synthetic_path}") from None
-    wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "feature_dim")}
-    if different := [f"{name}={made_by.get(name)}" for name in wanted if made_by.get(name) != wanted[name]]:
-        raise edm.RunError(f"{args.synthetic_path} was made with {', '.join(different)}")
-    if Path(made_by.get("agent_path") or folder).name != Path(args.agent_path).name:
-        raise edm.RunError(f"{args.synthetic_path} holds latents of another stage-1 agent than {args.agent_path}")
 
 
 # Copied from synther_td3bc.start_run

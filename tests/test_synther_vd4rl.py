@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,11 +110,26 @@ def test_loading_stops_after_the_file_that_suffices(tmp_path):
         assert len(load_dataset(args_for(tmp_path, max_frames=limit, nstep=1))["frames"]) == num_frames
 
 
-@pytest.mark.parametrize("what", ["absent", "level", "truncated", "missing key", "shape", "lengths", "NaN", "short"])
+BAD_FILES = {
+    "absent": "V-D4RL's files come from",
+    "level": "unknown dataset walker-walk-best",
+    "truncated": "cannot read the files",
+    "missing key": "cannot read the files.*discount",
+    "shape": "cannot read the files",
+    "observation": "cannot read the files",
+    "step_type": "part_00.hdf5 has arrays of different lengths",
+    "action": "part_00.hdf5 has arrays of different lengths",
+    "width": "cannot read the files",
+    "NaN": "reward of walker-walk-expert holds NaN",
+    "short": "longer than 3 steps",
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
 def test_bad_files(tmp_path, what):
     env = "walker-walk-expert"
     make_files(tmp_path, np.array([5, 5]))
-    file = tmp_path / "main/walker_walk/expert/84px/part_01.hdf5"
+    file = tmp_path / "main/walker_walk/expert/84px/part_00.hdf5"
     if what == "absent":
         env = "cheetah-run-expert"
     elif what == "level":
@@ -131,9 +147,16 @@ def test_bad_files(tmp_path, what):
             elif what == "NaN":
                 f["reward"][2] = np.nan
             else:
-                del f["observation"]
-                f["observation"] = np.zeros((5, 3, 64, 64) if what == "shape" else (4, 3, 84, 84), np.uint8)
-    with pytest.raises(RunError, match="V-D4RL" if what == "absent" else ""):
+                key = {"shape": "observation", "width": "action"}.get(what, what)
+                x = f[key][:]
+                del f[key]
+                wrong = {
+                    "shape": np.zeros((5, 3, 64, 64), np.uint8),
+                    "width": np.zeros((5, 3)),
+                    "action": np.zeros((6, 2)),
+                }
+                f[key] = wrong.get(what, x[:-1])
+    with pytest.raises(RunError, match=BAD_FILES[what]):
         load_dataset(args_for(tmp_path, env=env, nstep=3))
 
 
@@ -340,6 +363,54 @@ def test_heads_learn_from_latents(algo):
     assert F.mse_loss(mean, rows[:, dim : dim + 2]) < 0.05 < losses[0]
 
 
+@pytest.mark.parametrize("latent", ["both", "critic"])
+def test_latent_update_equals_a_plain_implementation(float64, latent):
+    """Three updates of the heads on rows [pi(h), Q(h), a, r, pi(h'), Q(h')]; a discount of three steps."""
+    torch.manual_seed(0)
+    args = small(latent=latent, nstep=3)
+    agent = LatentAgent(2, args, "cpu")
+    policy, (q1, q2) = copy.deepcopy(agent.heads.policy), separate_critics(agent.heads.critic)
+    q1_target, q2_target = copy.deepcopy((q1, q2))
+    critic_optimizer = torch.optim.Adam([*q1.parameters(), *q2.parameters()], lr=1e-3)
+    actor_optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    batch = torch.rand(16, 2 * agent.latent_dim + 3) * 2 - 1
+    parts = batch.split([50, 50, 2, 1, 50, 50] if latent == "both" else [50, 2, 1, 50], dim=1)
+    pi_h, q_h, a, r, pi_next, q_next = parts if latent == "both" else (parts[0], *parts, parts[3])
+
+    def sample(mean, noise):
+        raw = mean + torch.clamp(noise * torch.randn_like(mean), -0.3, 0.3)
+        return raw - raw.detach() + torch.clamp(raw.detach(), -1 + 1e-6, 1 - 1e-6)
+
+    for i in range(3):
+        noise = torch.tensor(1.0 - 0.4 * i)
+        torch.manual_seed(i)
+        losses = agent.update(batch, noise)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            x_next = torch.cat([q_next, sample(policy(pi_next), noise)], 1)
+            y = r + 0.99**3 * torch.min(q1_target(x_next), q2_target(x_next))
+        x = torch.cat([q_h, a], 1)
+        critic_loss = F.mse_loss(q1(x), y) + F.mse_loss(q2(x), y)
+        critic_optimizer.zero_grad()
+        critic_loss.backward()
+        critic_optimizer.step()
+        pi = sample(policy(pi_h), noise)
+        x = torch.cat([q_h, pi], 1)
+        q = torch.min(q1(x), q2(x))
+        actor_loss = -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(pi, a)
+        actor_optimizer.zero_grad()
+        actor_loss.backward()
+        actor_optimizer.step()
+        for net, target in ((q1, q1_target), (q2, q2_target)):
+            for p, t in zip(net.parameters(), target.parameters()):
+                t.data.copy_(0.01 * p.data + 0.99 * t.data)
+        torch.testing.assert_close(losses, torch.stack([critic_loss, actor_loss]).detach(), rtol=1e-6, atol=1e-9)
+    ours = [agent.heads.policy, *separate_critics(agent.heads.critic), *separate_critics(agent.heads.critic_target)]
+    for net, plain in zip(ours, (policy, q1, q2, q1_target, q2_target)):
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
 def test_noise_is_clipped_and_stays_inside():
     mean = torch.tensor([[0.0, 0.95, -1.0]]).repeat(5_000, 1).requires_grad_()
     actions = synther_vd4rl.noisy(mean, torch.tensor(1.0), 0.3)
@@ -352,28 +423,36 @@ def test_noise_is_clipped_and_stays_inside():
 # --- Latents ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algo, latent, dim", [("drqbc", "both", 100), ("drqbc", "actor", 50), ("bc", "both", 50)])
-def test_order_of_a_latent_row(tmp_path, algo, latent, dim):
-    """[pi(h), Q(h), a, r, pi(h'), Q(h')], with the trunks' features of the transition's images (Appendix F)."""
-    make_files(tmp_path, np.array([5, 4]), act_dim=6)
-    args = args_for(tmp_path, algo=algo, latent=latent, nstep=1, hidden_dim=16)
+@pytest.mark.parametrize("nstep", [1, 3])
+@pytest.mark.parametrize("algo, latent", [("drqbc", "both"), ("drqbc", "actor"), ("drqbc", "critic"), ("bc", "both")])
+def test_order_of_a_latent_row(tmp_path, monkeypatch, algo, latent, nstep):
+    """[pi(h), Q(h), a, r, pi(h'), Q(h')], features of the images before and nstep later, both shifted (Appendix F)."""
+    make_files(tmp_path, np.array([7, 6]), act_dim=6)
+    args = args_for(tmp_path, algo=algo, latent=latent, nstep=nstep, hidden_dim=16)
     data = load_dataset(args)
-    data["frames"] //= 255  # constant images do not change when shifted
-    data["frames"] += torch.arange(9, dtype=torch.uint8)[:, None, None, None] * 25
-    data["frames"][:] = data["frames"][:, :, :1, :1]
+    monkeypatch.setattr(synther_vd4rl, "random_shift", lambda images: images.flip(-1))  # shows that it was called
     torch.manual_seed(0)
     agent = PixelAgent(6, args, "cpu")
     rows = synther_vd4rl.extract_latents(agent, data, seed=0)
-    assert rows.shape == (7, 2 * dim + 6 + 1)
+    trunks = [agent.actor_trunk] if algo == "bc" or latent == "actor" else [agent.critic_trunk]
+    if (algo, latent) == ("drqbc", "both"):
+        trunks = [agent.actor_trunk, agent.critic_trunk]
+    assert rows.shape == (13 - 2 * nstep, 2 * 50 * len(trunks) + 6 + 1)
     with torch.no_grad():
-        h = agent.encoder(stacked(data["frames"], data["row"] - 1, data["start"]))
-        h_next = agent.encoder(stacked(data["frames"], data["row"], data["start"]))
-        trunks = [agent.actor_trunk, agent.critic_trunk] if dim == 100 else [agent.actor_trunk]
+        h = agent.encoder(stacked(data["frames"], data["row"] - 1, data["start"]).flip(-1))
+        h_next = agent.encoder(stacked(data["frames"], data["row"] + nstep - 1, data["start"]).flip(-1))
         parts = [trunk(h) for trunk in trunks] + [data["action"], data["reward"][:, None]]
         parts += [trunk(h_next) for trunk in trunks]
     torch.testing.assert_close(rows, torch.cat(parts, 1))
-    state = torch.get_rng_state()
-    assert torch.equal(synther_vd4rl.extract_latents(agent, data, seed=0), rows)
+
+
+def test_latents_repeat_themselves(tmp_path):
+    """The shifts of the latents are random, but the same for a seed, and the caller's random state is left alone."""
+    make_files(tmp_path, np.array([5, 4]), act_dim=6)
+    args = args_for(tmp_path, hidden_dim=16)
+    data, agent, state = load_dataset(args), PixelAgent(6, args, "cpu"), torch.get_rng_state()
+    first, again, other = (synther_vd4rl.extract_latents(agent, data, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first[:, :100], other[:, :100])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -433,8 +512,10 @@ def test_run_folder(first_run):
     assert len(model.mean) == 207 and (model.std != 1).all()  # every dimension is standardised
 
 
-def test_stage_2_changes_new_heads_only(first_run, tmp_path, vd4rl):
+def test_stage_2_changes_new_heads_only(first_run, tmp_path, vd4rl, monkeypatch):
     """Encoder and trunks stay as stage 1 left them; the heads begin anew, and --agent-path gives the same."""
+    loaded, load_agent = [], synther_vd4rl.load_agent
+    monkeypatch.setattr(synther_vd4rl, "load_agent", lambda *args: loaded.append(load_agent(*args)) or loaded[-1])
     agent = load(first_run / "agent.pt")["agent"]
     heads = load(first_run / "checkpoint.pt")["agent"]
     assert not {name for name in heads if not name.startswith("heads.")}
@@ -444,6 +525,9 @@ def test_stage_2_changes_new_heads_only(first_run, tmp_path, vd4rl):
     assert not (again / "agent.pt").exists() and not (again / "diffusion.pt").exists()
     other = load(again / "checkpoint.pt")["agent"]
     assert_same_state(other, heads)
+    ((used, _),) = loaded[-1:]
+    for name, x in used.state_dict().items():
+        assert name.startswith("heads.") or torch.equal(x, agent[name]), name
 
 
 def test_real_and_generated_latents(first_run, tmp_path, vd4rl, monkeypatch):
@@ -463,11 +547,91 @@ def test_real_and_generated_latents(first_run, tmp_path, vd4rl, monkeypatch):
 
 
 def test_agent_of_another_kind_is_refused(first_run, tmp_path, vd4rl):
+    """Nothing is begun with an agent or with latents that do not fit."""
+    make_files(tmp_path / "data", np.array([8, 8]), act_dim=6, level="random")
+    options = dict(agent_path=str(first_run))
     with pytest.raises(RunError, match="algo=drqbc"):
-        run(tmp_path, vd4rl, algo="bc", agent_path=str(first_run))
-    with pytest.raises(RunError, match="numbers"):
-        options = dict(agent_path=str(first_run), synthetic_path=str(first_run / "synthetic.npz"))
-        run(tmp_path, vd4rl, latent="actor", **options)
+        run(tmp_path, vd4rl, algo="bc", **options)
+    with pytest.raises(RunError, match="env=walker-walk-expert"):
+        run(tmp_path, tmp_path / "data", env="walker-walk-random", **options)
+    with pytest.raises(RunError, match="latent=both"):
+        run(tmp_path, vd4rl, latent="actor", synthetic_path=str(first_run / "synthetic.npz"), **options)
+    another = tmp_path / "another"
+    shutil.copytree(first_run, another)
+    with pytest.raises(RunError, match="latents of another stage-1 agent"):
+        run(tmp_path, vd4rl, synthetic_path=str(first_run / "synthetic.npz"), agent_path=str(another))
+    shutil.copy(first_run / "checkpoint.pt", another / "agent.pt")
+    with pytest.raises(RunError, match="is an agent of env=None"):
+        run(tmp_path, vd4rl, agent_path=str(another))
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "another"}
+
+
+class NoiseEnv:
+    """In PixelEnv's place: noise to look at, three steps per episode, and a record of what was seen and done."""
+
+    played = []
+
+    def __init__(self, task_name):
+        self.act_dim = 6
+
+    def observe(self):
+        self.images = self.rng.integers(0, 256, (9, 84, 84), dtype=np.uint8)
+        return self.images
+
+    def reset(self, seed):
+        self.rng, self.steps = np.random.default_rng(seed), 0
+        return self.observe()
+
+    def step(self, action):
+        self.played.append((self.images, np.array(action)))
+        self.steps += 1
+        return self.observe(), float(self.steps), self.steps == 3
+
+
+@pytest.mark.parametrize("algo", ["drqbc", "bc"])
+def test_evaluations_of_both_stages(tmp_path, vd4rl, monkeypatch, algo):
+    """Each stage is scored by its own policy, from images."""
+    monkeypatch.setattr(synther_vd4rl, "PixelEnv", NoiseEnv)
+    monkeypatch.setattr(synther_vd4rl, "choose_renderer", lambda: None)
+    monkeypatch.setattr(NoiseEnv, "played", [])
+    folder = run(tmp_path, vd4rl, algo=algo, eval_episodes=2, eval_every=2, stage2_updates=4)
+    assert {"learning_curve.png", "episode.png", "final_returns.npz"} <= {path.name for path in folder.iterdir()}
+    with np.load(folder / "final_returns.npz") as f:
+        assert f["updates"].tolist() == [0, 2, 4, 6, 8] and (f["returns"] == 6).all() and f["returns"].shape == (5, 2)
+        np.testing.assert_allclose(f["normalized_scores"], 0.6)
+    assert read_metrics(folder)[8, "eval/normalized_score"] == pytest.approx(0.6)
+    args, state = args_for(vd4rl, algo=algo, hidden_dim=16), load(folder / "agent.pt")["agent"]
+    agent, heads = PixelAgent(6, args, "cpu"), LatentAgent(6, args, "cpu")
+    agent.load_state_dict(state)
+    heads.load_state_dict(load(folder / "checkpoint.pt")["agent"])
+    for images, action in NoiseEnv.played[-6:]:  # two episodes of three steps
+        features = agent.actor_trunk(agent.encoder(torch.from_numpy(images)[None]))
+        torch.testing.assert_close(torch.from_numpy(action), heads.heads.policy(features)[0], atol=1e-6, rtol=1e-5)
+    for images, action in NoiseEnv.played[12:18]:
+        features = agent.actor_trunk(agent.encoder(torch.from_numpy(images)[None]))
+        torch.testing.assert_close(torch.from_numpy(action), agent.heads.policy(features)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_made_dataset_can_be_loaded(tmp_path, monkeypatch):
+    """tests/paper/vd4rl_data.py writes what load_dataset reads: image t with the action and reward that led to it."""
+    monkeypatch.syspath_prepend(ROOT / "tests/paper")
+    import vd4rl_data
+
+    monkeypatch.setattr(synther_vd4rl, "PixelEnv", NoiseEnv)
+    monkeypatch.setattr(synther_vd4rl, "choose_renderer", lambda: None)
+    monkeypatch.setattr(NoiseEnv, "played", [])
+    vd4rl_data.main(vd4rl_data.Args(env="walker-walk-random", episodes=2, out=str(tmp_path)))
+    data = load_dataset(args_for(tmp_path, env="walker-walk-random", nstep=1))
+    assert len(data["frames"]) == 8 and data["start"].tolist() == [0, 0, 0, 4, 4, 4]
+    for row, action, reward, (images, played), expected in zip(
+        data["row"], data["action"], data["reward"], NoiseEnv.played, (1, 2, 3, 1, 2, 3), strict=True
+    ):
+        np.testing.assert_array_equal(data["frames"][row - 1], images[-3:])
+        np.testing.assert_allclose(action, played, rtol=1e-6)
+        assert reward == expected
+    assert set(data["discount"].tolist()) == {np.float32(0.99)}
+    with pytest.raises(RunError, match="need --run"):
+        vd4rl_data.main(vd4rl_data.Args(env="walker-walk-mixed", out=str(tmp_path)))
 
 
 def test_behaviour_cloning_runs(tmp_path, vd4rl):
@@ -508,20 +672,21 @@ def test_bad_command_ends_in_one_sentence(tmp_path, vd4rl, options):
 
 def test_killed_run_equals_uninterrupted(tmp_path, vd4rl):
     """Killed in stage 1, while the diffusion model trains, and in stage 2: the same numbers at the end."""
-    options = flags(dataset_path=vd4rl, **TINY | dict(stage1_updates=12, diffusion_steps=800, stage2_updates=900))
-    options = [x for x in options if x not in ("--device", "cpu")] + ["--checkpoint-every", "3"]
+    sizes = dict(stage1_updates=12, diffusion_steps=800, stage2_updates=900, checkpoint_every=3)
+    options = [x for x in flags(dataset_path=vd4rl, **TINY | sizes) if x not in ("--device", "cpu")]
     subprocess.run(command(*options, "--out-dir", "whole"), cwd=tmp_path, capture_output=True, check=True)
     (whole,) = (tmp_path / "whole").iterdir()
-    reached = lambda folder, stage: (
-        (folder / "checkpoint.pt").exists()
-        and (  # noqa: E731
-            load(folder / "checkpoint.pt")["stage"] == stage
-        )
-    )
-    folder = wait_and_kill(command(*options), tmp_path, lambda folder: reached(folder, "stage1"))
+
+    def reached(stage):
+        return lambda folder: (path := folder / "checkpoint.pt").exists() and load(path)["stage"] == stage
+
+    folder = wait_and_kill(command(*options), tmp_path, reached("stage1"))
+    assert load(folder / "checkpoint.pt")["update"] < 12 and not (folder / "agent.pt").exists()
     resume = command("--resume", folder)
     wait_and_kill(resume, tmp_path, lambda folder: (folder / "diffusion_checkpoint.pt").exists())
-    wait_and_kill(resume, tmp_path, lambda folder: reached(folder, "stage2"))
+    assert (folder / "latents.pt").exists() and not (folder / "diffusion.pt").exists()
+    wait_and_kill(resume, tmp_path, reached("stage2"))
+    assert load(folder / "checkpoint.pt")["update"] < 900
     subprocess.run(resume, cwd=tmp_path, capture_output=True, check=True, timeout=200)
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
     for name in ("checkpoint.pt", "agent.pt", "diffusion.pt"):

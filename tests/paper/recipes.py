@@ -1,0 +1,237 @@
+"""Which recipe makes good samples in little time: variations of the diffusion model's training, at equal CPU seconds.
+
+    python tests/paper/recipes.py --data walker2d.hdf5 --env Walker2d-v4 --seconds 60 --out recipes.jsonl
+    python tests/paper/recipes.py --out recipes.jsonl --table
+
+Every variation changes the base recipe in one place. Each is trained on one thread for so many steps as take the given
+seconds of processor time there (100 steps are timed first, the best of three turns), with its learning rate falling to
+zero at the end, so that other work on the machine changes nothing but the waiting. Finished lines of --out are not
+done again: the command can be stopped and repeated, and run twice at once with --part.
+"""
+
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+import edm
+from dynamics import dynamics_scores
+
+BASE = dict(
+    optimizer="adam", lr=1e-3, warmup=0.0, batch_size=256, width=256, depth=6, betas=(0.9, 0.99), ema=0.995, clip=1.0,
+    p_mean=-1.2, p_std=1.2, normalizer="standard", terminal=(0.5, 0.25), sample_steps=32, schedule="cosine",
+)  # fmt: skip
+VARIATIONS = {
+    "base": {},
+    "paper's lr": dict(lr=3e-4),
+    "paper's terminal column": dict(terminal=(0.0, 1.0)),
+    "lr 2e-3": dict(lr=2e-3),
+    "lr 4e-3": dict(lr=4e-3),
+    "lr 4e-3, warm-up": dict(lr=4e-3, warmup=0.05),
+    "linear decay": dict(schedule="linear"),
+    "width 128": dict(width=128, lr=2e-3),
+    "width 512": dict(width=512),
+    "width 1024": dict(width=1024),
+    "depth 3": dict(depth=3),
+    "depth 12": dict(depth=12),
+    "batch 128": dict(batch_size=128),
+    "batch 1024": dict(batch_size=1024, lr=2e-3),
+    "no clipping": dict(clip=math.inf),
+    "betas 0.9, 0.999": dict(betas=(0.9, 0.999)),
+    "betas 0.9, 0.95": dict(betas=(0.9, 0.95)),
+    "EMA 0.98": dict(ema=0.98),
+    "EMA 0.999": dict(ema=0.999),
+    "P_mean -2": dict(p_mean=-2.0),
+    "P_mean -0.4": dict(p_mean=-0.4),
+    "P_std 1.6": dict(p_std=1.6),
+    "Muon 0.01": dict(optimizer="muon", lr=1e-2),
+    "Muon 0.03": dict(optimizer="muon", lr=3e-2),
+    "Muon 0.02, batch 1024": dict(optimizer="muon", lr=2e-2, batch_size=1024),
+    "Muon 0.02, batch 1024, width 512": dict(optimizer="muon", lr=2e-2, batch_size=1024, width=512),
+    "ranks": dict(normalizer="rank"),
+}
+
+
+@dataclass
+class Args:
+    data: str = ""
+    """dataset as D4RL-layout HDF5"""
+    env: str = "Walker2d-v4"
+    """simulator"""
+    rows: int = 45_000
+    """real transitions, drawn uniformly"""
+    seconds: tuple[int, ...] = (60,)
+    """processor seconds of training, on one thread"""
+    only: tuple[str, ...] = ()
+    """names of variations; all if left out"""
+    extra: str = "{}"
+    """more variations, as JSON {name: {setting: value}}"""
+    seeds: tuple[int, ...] = (0,)
+    """seeds of the network and its batches"""
+    num_samples: int = 20_000
+    """rows to generate for the scores"""
+    out: str = "recipes.jsonl"
+    """file to add results to, one JSON object per line"""
+    part: tuple[int, int] = (0, 1)
+    """i and n: do every n-th run, from the i-th on"""
+    table: bool = False
+    """print the results so far as a table instead"""
+
+
+# --- Rank-based normaliser --------------------------------------------------------------------------------------------
+
+
+class RankNormalizer:
+    """Each column's empirical distribution, mapped to a normal one and back; equal values (atoms) spread at random."""
+
+    def __init__(self, rows):
+        self.sorted = rows.sort(0).values.T.contiguous()  # [dim, num_rows]
+
+    def forward(self, rows, generator):
+        x = rows.T.contiguous()
+        left, right = (torch.searchsorted(self.sorted, x, side=side) for side in ("left", "right"))
+        share = torch.rand(x.shape, generator=generator)
+        u = (left + share * (right - left)) / x.shape[1]
+        return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double()).float().T.contiguous()
+
+    def inverse(self, z):
+        n = self.sorted.shape[1]
+        position = (torch.special.ndtr(z.T.double()) * n - 0.5).clamp(0, n - 1)
+        low = position.floor().long()
+        high = (low + 1).clamp(max=n - 1)
+        a, b = self.sorted.gather(1, low), self.sorted.gather(1, high)
+        return (a + (position - low) * (b - a)).float().T.contiguous()
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def start_training(rows, recipe, seed):
+    """A model, and a function that makes one step at a given learning-rate factor."""
+    torch.manual_seed(seed)
+    model = edm.EDM(rows.shape[1], recipe["width"], recipe["depth"])
+    model.P_MEAN, model.P_STD = recipe["p_mean"], recipe["p_std"]
+    ranks = RankNormalizer(rows) if recipe["normalizer"] == "rank" else None
+    if ranks:
+        x = ranks.forward(rows, torch.Generator().manual_seed(seed))
+    else:
+        model.fit_normalizer(rows)
+        model.mean[-1], model.std[-1] = recipe["terminal"]
+        x = model.normalize(rows)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    params = list(model.parameters())
+    if recipe["optimizer"] == "muon":
+        hidden = [block.weight for block in model.denoiser.blocks]
+        others = [p for p in params if all(p is not h for h in hidden)]
+        optimizers = [
+            torch.optim.Muon(hidden, recipe["lr"], weight_decay=0.0),
+            torch.optim.Adam(others, 1e-3, betas=recipe["betas"], fused=True),
+        ]
+    else:
+        optimizers = [torch.optim.Adam(params, recipe["lr"], betas=recipe["betas"], fused=True)]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    batches = edm.epoch_batches(len(x), recipe["batch_size"], seed)
+
+    def step(i, factor):
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = factor * peak
+            optimizer.zero_grad(set_to_none=False)
+        model.loss(x[next(batches)]).backward()
+        if recipe["clip"] < math.inf:
+            torch.nn.utils.clip_grad_norm_(params, recipe["clip"])
+        for optimizer in optimizers:
+            optimizer.step()
+        if i % 10 == 0:
+            torch._foreach_lerp_(list(ema.parameters()), params, 1 - edm.ema_decay(i, recipe["ema"]))
+
+    return ema, ranks, step
+
+
+def seconds_per_step(rows, recipe):
+    """Processor seconds of a step on one thread: the best of three turns of 100 steps."""
+    *_, step = start_training(rows, recipe, 0)
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        for _ in range(100):
+            step(0, 1e-3)
+        times.append((time.process_time() - start) / 100)
+    return min(times)
+
+
+def run(real, recipe, seconds, seed, args):
+    """Train, generate, and judge one recipe. Returns a dict of scores."""
+    obs_dim = {"Walker2d-v4": 17, "HalfCheetah-v4": 17, "Hopper-v4": 11}[args.env]
+    act_dim = real.shape[1] - 2 * obs_dim - 2
+    step_seconds = seconds_per_step(real, recipe)
+    steps = round(seconds / step_seconds)
+    model, ranks, step = start_training(real, recipe, seed)
+    start = time.process_time()
+    for i in range(steps):
+        left = 1 - i / steps
+        factor = 0.5 * (1 - math.cos(math.pi * left)) if recipe["schedule"] == "cosine" else left
+        step(i, min(factor, (i + 1) / max(recipe["warmup"] * steps, 1)))
+        if i % 1000 == 0:
+            edm.trim_memory()
+    took = time.process_time() - start
+    rows = edm.generate(model, args.num_samples, sample_steps=recipe["sample_steps"], seed=seed, progress=False)
+    if ranks:
+        rows = ranks.inverse(rows)
+    rows[:, -1] = rows[:, -1] > 0.5
+    report = edm.quality_report(real, rows)
+    dynamics = dynamics_scores(args.env, edm.unpack(rows[:10_000], obs_dim, act_dim))
+    return dict(steps=steps, took=round(took, 1), step_ms=round(1e3 * step_seconds, 2)) | report | dynamics
+
+
+def print_table(path):
+    """The mean over the seeds of each recipe, best dynamics first."""
+    groups = {}
+    for line in Path(path).read_text().splitlines():
+        result = json.loads(line)
+        groups.setdefault((result["env"], result["seconds"], result["name"]), []).append(result)
+    columns = ["steps", "marginal", "correlation", "dynamics", "reward", "terminals", "recall", "precision"]
+    columns += ["nearest", "nearest_real"]
+    for setting in sorted({key[:2] for key in groups}):
+        print(f"\n{setting[0]}, {setting[1]} s\n\n| recipe | seeds | {' | '.join(columns)} |")
+        print("|---" * (len(columns) + 2) + "|")
+        table = {key[2]: results for key, results in groups.items() if key[:2] == setting}
+        mean = lambda results, column: np.mean([r[column] for r in results])  # noqa: E731
+        for name, results in sorted(table.items(), key=lambda item: mean(item[1], "dynamics")):
+            print(f"| {name} | {len(results)} | " + " | ".join(f"{mean(results, c):.4g}" for c in columns) + " |")
+
+
+def main(args):
+    if args.table:
+        return print_table(args.out)
+    torch.set_num_threads(1)
+    data = edm.load_transitions(args.data, True)
+    rows = edm.pack(**data)
+    real = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.rows]]
+    variations = VARIATIONS | json.loads(args.extra)
+    names = args.only or list(variations)
+    jobs = [(s, name, seed) for s in args.seconds for seed in args.seeds for name in names]
+    done = set()
+    if Path(args.out).exists():
+        lines = (json.loads(line) for line in Path(args.out).read_text().splitlines())
+        done = {(x["env"], x["seconds"], x["name"], x["seed"]) for x in lines}
+    for seconds, name, seed in jobs[args.part[0] :: args.part[1]]:
+        if (args.env, seconds, name, seed) in done:
+            continue
+        scores = run(real, BASE | variations[name], seconds, seed, args)
+        result = dict(env=args.env, rows=len(real), seconds=seconds, name=name, seed=seed) | scores
+        with open(args.out, "a") as f:
+            f.write(json.dumps(result) + "\n")
+        shown = {key: round(result[key], 4) for key in ("steps", "marginal", "correlation", "dynamics", "recall")}
+        print(f"{args.env} {seconds} s, {name}, seed {seed}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

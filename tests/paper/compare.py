@@ -61,11 +61,11 @@ def main(args):
             seeds[settings["seed"]] = run
     if not found:
         sys.exit("no finished run among these folders")
-    size = (6 + 5 * args.wall_clock, 4 * len(found))
-    fig, axes = plt.subplots(len(found), 1 + args.wall_clock, figsize=size, squeeze=False, layout="constrained")
+    rows, columns = (len(found), 2) if args.wall_clock else (1, len(found))
+    fig, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False, layout="constrained")
     print("| environment | runs | seeds | after | last score | mean of the last three evaluations | best |")
     print("|---|---|---|---|---|---|---|")
-    for row, (env_id, groups) in zip(axes, found.items()):
+    for row, (env_id, groups) in zip(axes if args.wall_clock else axes.T, found.items()):
         for key, runs in groups.items():
             others = [set(other) for other in groups]
             differ = {k: v for k, v in key if len(groups) > 1 and not all((k, v) in other for other in others)}
@@ -74,10 +74,10 @@ def main(args):
             unit = "updates" if "updates" in finals[0] else "steps"
             name = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
             scores = np.stack([final[name].mean(1) for final in finals])  # [seeds, evaluations]
-            columns = scores[:, -1], scores[:, -3:].mean(1), scores.max(1)
+            summary = scores[:, -1], scores[:, -3:].mean(1), scores.max(1)
             print(
                 f"| {env_id} | {label} | {len(scores)} | {finals[0][unit][-1]:,} {unit} | "
-                + " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in columns)
+                + " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in summary)
                 + " |"
             )
             draw(row[0], finals[0][unit], scores, label)

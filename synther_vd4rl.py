@@ -388,10 +388,11 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         convolutions = [nn.Conv2d(9, 32, 3, stride=2)] + [nn.Conv2d(32, 32, 3) for _ in range(3)]
-        self.net = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.ReLU())), nn.Flatten())
+        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU(inplace=True)))
+        self.net = nn.Sequential(*layers, nn.Flatten())
 
     def forward(self, images):
-        return self.net(images / 255 - 0.5)
+        return self.net((images / 255).sub_(0.5))
 
 
 def make_trunk(feature_dim):
@@ -515,12 +516,14 @@ class PixelAgent(nn.Module):
 
         Args: images and next_images [batch, 9, 84, 84], shifted; the others [batch, act_dim], [batch], [batch].
         """
-        h = self.encoder(images)
-        critic_loss, critic_features = torch.zeros((), device=h.device), None
+        critic_loss, critic_features = torch.zeros((), device=images.device), None
         if self.args.algo == "drqbc":
             with torch.no_grad():
                 next_h = self.encoder(next_images)
                 next_features = self.actor_trunk(next_h), self.critic_trunk_target(next_h)
+                del next_h
+        h = self.encoder(images)
+        if self.args.algo == "drqbc":
             features = self.critic_trunk(h)
             critic_loss = self.heads.critic_loss(features, actions, rewards, discounts, *next_features, noise)
             self.optimizers["critic"].zero_grad(set_to_none=True)
@@ -753,16 +756,19 @@ def start_run(args, start_time):
 @torch.no_grad()
 def extract_latents(agent, data, seed):
     """Rows [z, a, r, z'] of all transitions of the dataset, each image stack shifted at random once; on the CPU."""
-    device, rows = data["frames"].device, []
+    device, nstep, rows = data["frames"].device, agent.args.nstep, None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for index in tqdm(torch.arange(len(data["row"]), device=device).split(256), "latents", **edm.BAR):
-            row, start, nstep = data["row"][index], data["start"][index], agent.args.nstep
+            row, start = data["row"][index], data["start"][index]
             z, next_z = (
                 agent.latents(random_shift(stacked(data["frames"], last, start))) for last in (row - 1, row + nstep - 1)
             )
-            rows.append(torch.cat([z, data["action"][index], data["reward"][index][:, None], next_z], dim=1).cpu())
-    return torch.cat(rows)
+            part = torch.cat([z, data["action"][index], data["reward"][index][:, None], next_z], dim=1)
+            if rows is None:  # one block: small ones among the images would keep their memory from being used again
+                rows = torch.empty(len(data["row"]), part.shape[1])
+            rows[index.cpu()] = part.cpu()
+    return rows
 
 
 # Differs from synther_td3bc.make_synthetic: latents instead of states, no terminals

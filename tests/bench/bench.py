@@ -3,6 +3,7 @@
     python tests/bench/bench.py                      # about 5 minutes on a 2-core CPU
     python tests/bench/bench.py --quick              # about a minute, less exact
     python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment, or of --memory ROWS
+    python tests/bench/bench.py --image-memory       # peak memory of the pixel script with 100,000 images
 
 Each figure is measured on the code that users run. It is printed beside
 - a reference: the same arithmetic written as the public codes write it (SynthER, CORL, ema-pytorch), run eagerly;
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 import torch.nn as nn
@@ -923,6 +925,18 @@ def bench_sac(device, repeats, quick, algo):
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
+def peak_memory(script, **options):
+    """Run a script in a process of its own. Returns its peak memory in GB and its seconds."""
+    command = [sys.executable, str(ROOT / script), "--device", "cpu", "--eval-episodes", "0"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    start = time.perf_counter()
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(process.stdout + process.stderr)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, time.perf_counter() - start
+
+
 def bench_memory(num_rows):
     """Run synther_td3bc.py on random data of Walker2d's size with a tiny network, and print its peak memory."""
     rng = np.random.default_rng(0)
@@ -935,22 +949,32 @@ def bench_memory(num_rows):
         data["rewards"] = rng.standard_normal(20_000).astype(np.float32)
         data["terminals"] = rng.random(20_000) < 0.01
         np.savez(Path(folder) / "data.npz", **data)
-        options = dict(
-            env="Walker2d-v4", dataset_path=f"{folder}/data.npz", out_dir=folder, device="cpu", diffusion_steps=10,
-            diffusion_width=32, diffusion_depth=1, sample_steps=2, num_samples=num_rows, updates=20, eval_episodes=0,
+        peak, took = peak_memory(
+            "synther_td3bc.py", env="Walker2d-v4", dataset_path=f"{folder}/data.npz", out_dir=folder,
+            diffusion_steps=10, diffusion_width=32, diffusion_depth=1, sample_steps=2, num_samples=num_rows, updates=20,
         )  # fmt: skip
-        command = [sys.executable, str(ROOT / "synther_td3bc.py")]
-        for name, value in options.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
-        start = time.perf_counter()
-        process = subprocess.run(command, capture_output=True, text=True)
-        if process.returncode:
-            sys.exit(process.stdout + process.stderr)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(
-        f"{num_rows:,} rows of {DIM} columns ({num_rows * DIM * 4 / 1e9:.2f} GB): peak memory {peak / 1e9:.2f} GB, "
-        f"{time.perf_counter() - start:.0f} s"
-    )
+    size = num_rows * DIM * 4 / 1e9
+    print(f"{num_rows:,} rows of {DIM} columns ({size:.2f} GB): peak memory {peak:.2f} GB, {took:.0f} s")
+
+
+def bench_image_memory(num_images):
+    """Run synther_vd4rl.py on random images, a few updates of the paper's batch size, and print its peak memory."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "main/walker_walk/expert/84px"
+        files.mkdir(parents=True)
+        for i in range(math.ceil(num_images / 501)):
+            with h5py.File(files / f"{i:05}.hdf5", "w") as f:
+                f["observation"] = rng.integers(0, 256, (501, 3, 84, 84), dtype=np.uint8)
+                f["action"] = rng.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
+                f["reward"], f["discount"] = np.ones((2, 501), np.float32)
+                f["step_type"] = np.array([0] + 499 * [1] + [2])
+        peak, took = peak_memory(
+            "synther_vd4rl.py", env="walker-walk-expert", dataset_path=folder, out_dir=folder, stage1_updates=20,
+            stage2_updates=20, diffusion_steps=10, diffusion_width=32, sample_steps=2, num_samples=100_000,
+        )  # fmt: skip
+    size = num_images * 3 * 84 * 84 / 1e9
+    print(f"{num_images:,} images ({size:.2f} GB): peak memory {peak:.2f} GB, {took:.0f} s")
 
 
 # --- Table ------------------------------------------------------------------------------------------------------------
@@ -974,9 +998,12 @@ def main():
         "--only", choices=("training", "sampling", "td3bc", "iql", "edac", "sac", "drqbc"), help="one part of the table"
     )
     parser.add_argument("--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead")
+    parser.add_argument("--image-memory", type=int, nargs="?", const=100_000, metavar="IMAGES", help="likewise")
     args = parser.parse_args()
     if args.memory:
         return bench_memory(args.memory)
+    if args.image_memory:
+        return bench_image_memory(args.image_memory)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device

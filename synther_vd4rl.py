@@ -516,14 +516,12 @@ class PixelAgent(nn.Module):
 
         Args: images and next_images [batch, 9, 84, 84], shifted; the others [batch, act_dim], [batch], [batch].
         """
-        critic_loss, critic_features = torch.zeros((), device=images.device), None
+        h = self.encoder(images)
+        critic_loss, critic_features = torch.zeros((), device=h.device), None
         if self.args.algo == "drqbc":
             with torch.no_grad():
                 next_h = self.encoder(next_images)
                 next_features = self.actor_trunk(next_h), self.critic_trunk_target(next_h)
-                del next_h
-        h = self.encoder(images)
-        if self.args.algo == "drqbc":
             features = self.critic_trunk(h)
             critic_loss = self.heads.critic_loss(features, actions, rewards, discounts, *next_features, noise)
             self.optimizers["critic"].zero_grad(set_to_none=True)

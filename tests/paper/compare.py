@@ -43,10 +43,10 @@ def minutes(run):
         return np.array([float(row["value"]) / 60 for row in csv.DictReader(f) if row["key"] == "perf/seconds"])
 
 
-def draw(ax, x, y, label):
+def draw(ax, x, y, label, color):
     mean, std = y.mean(0), y.std(0)
-    ax.plot(x, mean, label=label)
-    ax.fill_between(x, mean - std, mean + std, alpha=0.2, linewidth=0)
+    ax.plot(x, mean, color=color, label=label)
+    ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
 
 
 def main(args):
@@ -63,6 +63,7 @@ def main(args):
         sys.exit("no finished run among these folders")
     rows, columns = (len(found), 2) if args.wall_clock else (1, len(found))
     fig, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False, layout="constrained")
+    colors = {}  # of a label, the same in all panels
     print("| environment | runs | seeds | after | last score | mean of the last three evaluations | best |")
     print("|---|---|---|---|---|---|---|")
     for row, (env_id, groups) in zip(axes if args.wall_clock else axes.T, found.items()):
@@ -71,6 +72,7 @@ def main(args):
             differ = {k: v for k, v in key if len(groups) > 1 and not all((k, v) in other for other in others)}
             label = differ.get("exp_name") or ", ".join(f"{k}={v}" for k, v in differ.items()) or dict(key)["exp_name"]
             finals = [np.load(run / "final_returns.npz") for run in runs.values()]
+            color = colors.setdefault(label, f"C{len(colors)}")
             unit = "updates" if "updates" in finals[0] else "steps"
             name = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
             scores = np.stack([final[name].mean(1) for final in finals])  # [seeds, evaluations]
@@ -80,9 +82,9 @@ def main(args):
                 + " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in summary)
                 + " |"
             )
-            draw(row[0], finals[0][unit], scores, label)
+            draw(row[0], finals[0][unit], scores, label, color)
             if args.wall_clock:
-                draw(row[1], np.mean([minutes(run) for run in runs.values()], axis=0), scores, label)
+                draw(row[1], np.mean([minutes(run) for run in runs.values()], axis=0), scores, label, color)
         row[0].set(xlabel=unit if unit == "updates" else "environment steps", title=env_id)
         row[0].set(ylabel="return" if name == "returns" else "normalised score")
         if args.wall_clock:

@@ -11,9 +11,10 @@ quality, generates the synthetic data, trains the agent on it, evaluates, and le
     python synther_edac.py --env Walker2d-v4 --dataset-path my_transitions.npz                      # your own data
     python synther_edac.py --resume runs/...                       # continue a run that was stopped
 
-EDAC learns slowly: after the first command's 5,000 updates it still acts at random, on generated and on real rows alike
-(a normalised score of 2.4, one seed each). On two CPU cores it takes 47 updates a second; the paper's 3,000,000 want a
-GPU.
+The first command learns from the replay buffer that comes with the project: the 40,000 transitions from which SAC had
+learned to run at a return of 2,350 in HalfCheetah-v4. With critics smaller than the paper's and a higher learning rate
+it ends at a normalised score of 26 to 30, still rising; with --data real at 32 to 35. The agent's 30,000 updates take 8
+minutes on one CPU core, the diffusion model before it takes three on two.
 
 Sections: arguments | data | environment and scores | networks | agent | experiment.
 """

@@ -768,7 +768,8 @@ def critic_gradients(critic, x, target, act_dim, eta):
     With h the inputs of the layers, and v the gradients of Q by their outputs (found on the way back to g), Q's part of
     the gradient by a layer's weights is h^T c v, with c the squared error's derivative by Q in each row. The gradient
     g = v_0 W_0^T is linear in every W, so that ES's part is u^T v, where u is dES/dg, sent forward through the same
-    layers with the ReLUs as they stood. Both are one product: (c h + eta u)^T v.
+    layers with the ReLUs as they stood. Both are one product: (c h + eta u)^T v. If you change the loss, check it against
+    autograd, as tests/test_synther_edac.py does, or take autograd's gradient and less speed.
 
     Args:
         x [batch, obs_dim + act_dim], target [batch].
@@ -929,7 +930,7 @@ MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "eta")
 
 # Copied from synther_td3bc.check_numbers
 def check_numbers(args):
-    """Raise RunError where a number makes no sense."""
+    """Raise RunError where a number makes no sense; for the arguments of all scripts."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -1099,7 +1100,7 @@ def main(args):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     data, env_id = load_dataset(args)
-    reward_scale, reward_shift = reward_normalizer(data, env_id)
+    reward_scale, reward_shift = reward_normalizer(data, env_id)  # first, as a subsample has no episodes
     data = subsample(data, args)
     resolve(args, len(data["rewards"]))
     envs = [make_env(env_id) for _ in range(max(args.eval_episodes, 1))]

@@ -791,11 +791,11 @@ class IQL:
             target_q = self.critic_target(state_actions).amin(0)
             target = rewards[:, 0] + args.discount * (1 - terminals[:, 0]) * self.value(next_observations)[0]
         advantage = target_q - self.value(observations)[0]
-        weight = torch.where(advantage < 0, 1 - args.expectile, args.expectile)
-        value_loss = (weight * advantage.square()).mean()
+        expectile_weight = torch.where(advantage < 0, 1 - args.expectile, args.expectile)
+        value_loss = (expectile_weight * advantage.square()).mean()
         critic_loss = (self.critic(state_actions) - target).square().mean()
-        weight = (args.beta * advantage.detach()).exp().clamp(max=100)
-        actor_loss = (weight * self.actor.cloning_loss(observations, actions)).mean()
+        advantage_weight = (args.beta * advantage.detach()).exp().clamp(max=100)
+        actor_loss = (advantage_weight * self.actor.cloning_loss(observations, actions)).mean()
         self.actor_optimizer.zero_grad(set_to_none=True)
         self.critic_optimizer.zero_grad(set_to_none=True)
         (critic_loss + value_loss + actor_loss).backward()
@@ -871,7 +871,7 @@ MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "beta")
 
 # Copied from synther_td3bc.check_numbers
 def check_numbers(args):
-    """Raise RunError where a number makes no sense."""
+    """Raise RunError where a number makes no sense; for the arguments of all scripts."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -1039,7 +1039,7 @@ def main(args):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     data, env_id = load_dataset(args)
-    reward_scale, reward_shift = reward_normalizer(data, env_id)
+    reward_scale, reward_shift = reward_normalizer(data, env_id)  # first, as a subsample has no episodes
     data = subsample(data, args)
     resolve(args, len(data["rewards"]))
     envs = [make_env(env_id) for _ in range(max(args.eval_episodes, 1))]

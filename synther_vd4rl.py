@@ -642,7 +642,7 @@ MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "noise_clip", "alpha")
 
 # Copied from synther_td3bc.check_numbers
 def check_numbers(args):
-    """Raise RunError where a number makes no sense."""
+    """Raise RunError where a number makes no sense; for the arguments of all scripts."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue

@@ -3,8 +3,9 @@
     python tests/paper/compare.py runs/walker2d* --out comparison.png
     python tests/paper/compare.py runs/HalfCheetah* runs/dmc* --wall-clock --out online.png
 
-Runs that differ in their seed only are one line, named after the arguments in which the lines differ. Each environment
-has its own panel.
+Runs that differ in their seed only are one line, named after --exp-name and, where that is not enough, the arguments in
+which the lines differ. A run with --synthetic-path is on a par with the run that made the samples. Each environment has
+its own panel.
 """
 
 import csv
@@ -37,6 +38,20 @@ class Args:
     """a second panel over the minutes since the start of each run, evaluations included"""
 
 
+def read_settings(run):
+    """The arguments that decide what an experiment is; those of the diffusion model from the run that trained it."""
+    settings = json.loads((run / "args.json").read_text())
+    of_samples = [k for k in settings if k.startswith(("diffusion_", "sample_")) or k in ("sampler", "num_samples")]
+    if settings.get("data") == "real":
+        settings = {k: v for k, v in settings.items() if k not in of_samples}
+    elif settings.get("synthetic_path"):
+        maker = Path(settings["synthetic_path"]).parent / "args.json"
+        if maker.exists():
+            made = json.loads(maker.read_text())
+            settings |= {k: made[k] for k in of_samples if k in made} | {"synthetic_path": None}
+    return settings
+
+
 def minutes(run):
     """Minutes since the start of a run at each of its evaluations."""
     with open(run / "metrics.csv") as f:
@@ -53,7 +68,7 @@ def main(args):
     found = defaultdict(lambda: defaultdict(dict))  # environment -> settings -> seed -> folder
     for run in map(Path, sorted(args.runs)):
         if (run / "final_returns.npz").exists():  # the run has ended
-            settings = json.loads((run / "args.json").read_text())
+            settings = read_settings(run)
             key = tuple((k, str(v)) for k, v in settings.items() if k not in NOT_SETTINGS)
             seeds = found[settings["env"]][key]
             if settings["seed"] in seeds:
@@ -68,14 +83,15 @@ def main(args):
     print("|---|---|---|---|---|---|---|")
     for row, (env_id, groups) in zip(axes if args.wall_clock else axes.T, found.items()):
         for key, runs in groups.items():
-            others = [set(other) for other in groups]
-            differ = {k: v for k, v in key if len(groups) > 1 and not all((k, v) in other for other in others)}
-            label = differ.get("exp_name") or ", ".join(f"{k}={v}" for k, v in differ.items()) or dict(key)["exp_name"]
+            name = dict(key)["exp_name"]
+            others = [set(other) for other in groups if dict(other)["exp_name"] == name]
+            differ = [f"{k}={v}" for k, v in key if not all((k, v) in other for other in others)]
+            label = ", ".join([name, *differ])
             finals = [np.load(run / "final_returns.npz") for run in runs.values()]
             color = colors.setdefault(label, f"C{len(colors)}")
             unit = "updates" if "updates" in finals[0] else "steps"
-            name = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
-            scores = np.stack([final[name].mean(1) for final in finals])  # [seeds, evaluations]
+            scored = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
+            scores = np.stack([final[scored].mean(1) for final in finals])  # [seeds, evaluations]
             summary = scores[:, -1], scores[:, -3:].mean(1), scores.max(1)
             print(
                 f"| {env_id} | {label} | {len(scores)} | {finals[0][unit][-1]:,} {unit} | "
@@ -86,7 +102,7 @@ def main(args):
             if args.wall_clock:
                 draw(row[1], np.mean([minutes(run) for run in runs.values()], axis=0), scores, label, color)
         row[0].set(xlabel=unit if unit == "updates" else "environment steps", title=env_id)
-        row[0].set(ylabel="return" if name == "returns" else "normalised score")
+        row[0].set(ylabel="return" if scored == "returns" else "normalised score")
         if args.wall_clock:
             row[1].set(xlabel="minutes")
         row[0].legend()

@@ -66,7 +66,9 @@ def controller(env, observation, goal_cell, goal):
 
 def main(args):
     if not args.env.startswith("maze2d-") or args.env not in synther_td3bc.MAZE_TASKS:
-        sys.exit(f"--env must be a maze2d task, not {args.env}")
+        raise edm.RunError(f"--env must be a maze2d task, not {args.env}")
+    if args.steps < 2 or args.noise < 0:
+        raise edm.RunError("--steps must be at least 2, and --noise not negative")
     env = synther_td3bc.make_env(args.env).unwrapped
     rng = np.random.default_rng(args.seed)
     observation, _ = env.reset(seed=args.seed)
@@ -101,4 +103,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except edm.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -768,8 +768,8 @@ def critic_gradients(critic, x, target, act_dim, eta):
     With h the inputs of the layers, and v the gradients of Q by their outputs (found on the way back to g), Q's part of
     the gradient by a layer's weights is h^T c v, with c the squared error's derivative by Q in each row. The gradient
     g = v_0 W_0^T is linear in every W, so that ES's part is u^T v, where u is dES/dg, sent forward through the same
-    layers with the ReLUs as they stood. Both are one product: (c h + eta u)^T v. If you change the loss, check it against
-    autograd, as tests/test_synther_edac.py does, or take autograd's gradient and less speed.
+    layers with the ReLUs as they stood. Both are one product: (c h + eta u)^T v. If you change the loss, check it
+    against autograd, as tests/test_synther_edac.py does, or take autograd's gradient and less speed.
 
     Args:
         x [batch, obs_dim + act_dim], target [batch].

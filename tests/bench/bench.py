@@ -853,6 +853,8 @@ def bench_drqbc(device, repeats, quick):
                 reference_update()
 
     def limit():
+        if device == "cpu":
+            synther_vd4rl.keep_freed_memory()
         for _ in range(updates):
             convolve()
 

@@ -84,8 +84,8 @@ def main(args):
     for row, (env_id, groups) in zip(axes if args.wall_clock else axes.T, found.items()):
         for key, runs in groups.items():
             name = dict(key)["exp_name"]
-            others = [set(other) for other in groups if dict(other)["exp_name"] == name]
-            differ = [f"{k}={v}" for k, v in key if not all((k, v) in other for other in others)]
+            others = [dict(other) for other in groups if dict(other)["exp_name"] == name]
+            differ = [f"{k}={v}" for k, v in key if any(other.get(k, v) != v for other in others)]
             label = ", ".join([name, *differ])
             finals = [np.load(run / "final_returns.npz") for run in runs.values()]
             color = colors.setdefault(label, f"C{len(colors)}")

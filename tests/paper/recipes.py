@@ -27,7 +27,8 @@ from dynamics import dynamics_scores
 
 BASE = dict(
     optimizer="adam", lr=1e-3, warmup=0.0, batch_size=256, width=256, depth=6, betas=(0.9, 0.99), ema=0.995, clip=1.0,
-    p_mean=-1.2, p_std=1.2, normalizer="standard", terminal=(0.5, 0.25), sample_steps=32, schedule="cosine",
+    p_mean=-1.2, p_std=1.2, noise="independent", normalizer="standard", terminal=(0.5, 0.25), sample_steps=32,
+    schedule="cosine", clamp=False,
 )  # fmt: skip
 VARIATIONS = {
     "base": {},
@@ -57,6 +58,11 @@ VARIATIONS = {
     "Muon 0.02, batch 1024": dict(optimizer="muon", lr=2e-2, batch_size=1024),
     "Muon 0.02, batch 1024, width 512": dict(optimizer="muon", lr=2e-2, batch_size=1024, width=512),
     "ranks": dict(normalizer="rank"),
+    "whitened, floor 0.1": dict(normalizer="whiten", floor=0.1),
+    "whitened, floor 0.01": dict(normalizer="whiten", floor=0.01),
+    "whitened, floor 0.001": dict(normalizer="whiten", floor=0.001),
+    "spread noise levels": dict(noise="spread"),
+    "clamped": dict(clamp=True),
 }
 
 
@@ -90,17 +96,23 @@ class Args:
 
 
 class RankNormalizer:
-    """Each column's empirical distribution, mapped to a normal one and back; equal values (atoms) spread at random."""
+    """Each column's empirical distribution, mapped to a normal one and back; equal values (atoms) spread at random.
 
-    def __init__(self, rows):
+    The terminal column is shifted and scaled instead.
+    """
+
+    def __init__(self, rows, terminal):
         self.sorted = rows.sort(0).values.T.contiguous()  # [dim, num_rows]
+        self.mean, self.std = terminal
 
     def forward(self, rows, generator):
         x = rows.T.contiguous()
         left, right = (torch.searchsorted(self.sorted, x, side=side) for side in ("left", "right"))
         share = torch.rand(x.shape, generator=generator)
         u = (left + share * (right - left)) / x.shape[1]
-        return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double()).float().T.contiguous()
+        z = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double()).float().T.contiguous()
+        z[:, -1] = (rows[:, -1] - self.mean) / self.std
+        return z
 
     def inverse(self, z):
         n = self.sorted.shape[1]
@@ -108,20 +120,61 @@ class RankNormalizer:
         low = position.floor().long()
         high = (low + 1).clamp(max=n - 1)
         a, b = self.sorted.gather(1, low), self.sorted.gather(1, high)
-        return (a + (position - low) * (b - a)).float().T.contiguous()
+        rows = (a + (position - low) * (b - a)).float().T.contiguous()
+        rows[:, -1] = z[:, -1] * self.std + self.mean
+        return rows
+
+
+class Whitener:
+    """Decorrelates the columns: directions of small variance (what s' has beyond s) count as much as the others.
+
+    Rows are standardised, then each principal component is divided by its standard deviation, or by the square root of
+    `floor` where the variance is smaller; the axes stay those of the columns (ZCA). The terminal column is left alone.
+    """
+
+    def __init__(self, rows, floor, terminal):
+        std, self.mean = torch.std_mean(rows.double(), dim=0)
+        std = std + 1e-5
+        self.mean[-1], std[-1] = terminal
+        x = ((rows - self.mean) / std)[:, :-1]
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        scale = values.clamp(min=floor).sqrt()
+        self.matrix, self.inverse_matrix = torch.eye(len(std)).double(), torch.eye(len(std)).double()
+        self.matrix[:-1, :-1] = vectors / scale @ vectors.T
+        self.inverse_matrix[:-1, :-1] = vectors * scale @ vectors.T
+        self.matrix, self.inverse_matrix = self.matrix / std[:, None], self.inverse_matrix * std
+
+    def forward(self, rows, generator):
+        return ((rows - self.mean) @ self.matrix).float()
+
+    def inverse(self, z):
+        return (z.double() @ self.inverse_matrix + self.mean).float()
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def start_training(rows, recipe, seed):
+def loss(model, x, noise):
+    """EDM.loss; with noise levels spread evenly over their distribution, not drawn independently, if asked."""
+    if noise == "independent":
+        return model.loss(x)
+    u = (torch.arange(len(x)) + torch.rand(len(x))) / len(x)
+    sigma = (model.P_MEAN + model.P_STD * torch.special.ndtri(u)).exp()[:, None]
+    return ((model(x + sigma * torch.randn_like(x), sigma) - x) ** 2 * (1 + sigma**-2)).mean()
+
+
+def start_training(rows, recipe, seed, steps):
     """A model, and a function that makes one step at a given learning-rate factor."""
     torch.manual_seed(seed)
     model = edm.EDM(rows.shape[1], recipe["width"], recipe["depth"])
     model.P_MEAN, model.P_STD = recipe["p_mean"], recipe["p_std"]
-    ranks = RankNormalizer(rows) if recipe["normalizer"] == "rank" else None
-    if ranks:
-        x = ranks.forward(rows, torch.Generator().manual_seed(seed))
+    normalizer = None
+    if recipe["normalizer"] == "rank":
+        normalizer = RankNormalizer(rows, recipe["terminal"])
+    if recipe["normalizer"] == "whiten":
+        normalizer = Whitener(rows, recipe["floor"], recipe["terminal"])
+    if normalizer:
+        x = normalizer.forward(rows, torch.Generator().manual_seed(seed))
     else:
         model.fit_normalizer(rows)
         model.mean[-1], model.std[-1] = recipe["terminal"]
@@ -137,6 +190,7 @@ def start_training(rows, recipe, seed):
         ]
     else:
         optimizers = [torch.optim.Adam(params, recipe["lr"], betas=recipe["betas"], fused=True)]
+    ema_beta = 1 - 500 / steps if recipe["ema"] == "scaled" else recipe["ema"]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     batches = edm.epoch_batches(len(x), recipe["batch_size"], seed)
 
@@ -144,20 +198,20 @@ def start_training(rows, recipe, seed):
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = factor * peak
             optimizer.zero_grad(set_to_none=False)
-        model.loss(x[next(batches)]).backward()
+        loss(model, x[next(batches)], recipe["noise"]).backward()
         if recipe["clip"] < math.inf:
             torch.nn.utils.clip_grad_norm_(params, recipe["clip"])
         for optimizer in optimizers:
             optimizer.step()
         if i % 10 == 0:
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - edm.ema_decay(i, recipe["ema"]))
+            torch._foreach_lerp_(list(ema.parameters()), params, 1 - edm.ema_decay(i, ema_beta))
 
-    return ema, ranks, step
+    return ema, normalizer, step
 
 
 def seconds_per_step(rows, recipe):
     """Processor seconds of a step on one thread: the best of three turns of 100 steps."""
-    *_, step = start_training(rows, recipe, 0)
+    *_, step = start_training(rows, recipe, 0, 1000)
     times = []
     for _ in range(3):
         start = time.process_time()
@@ -173,7 +227,7 @@ def run(real, recipe, seconds, seed, args):
     act_dim = real.shape[1] - 2 * obs_dim - 2
     step_seconds = seconds_per_step(real, recipe)
     steps = round(seconds / step_seconds)
-    model, ranks, step = start_training(real, recipe, seed)
+    model, normalizer, step = start_training(real, recipe, seed, steps)
     start = time.process_time()
     for i in range(steps):
         left = 1 - i / steps
@@ -183,8 +237,10 @@ def run(real, recipe, seconds, seed, args):
             edm.trim_memory()
     took = time.process_time() - start
     rows = edm.generate(model, args.num_samples, sample_steps=recipe["sample_steps"], seed=seed, progress=False)
-    if ranks:
-        rows = ranks.inverse(rows)
+    if normalizer:
+        rows = normalizer.inverse(rows)
+    if recipe["clamp"]:
+        rows = rows.clamp(real.amin(0), real.amax(0))
     rows[:, -1] = rows[:, -1] > 0.5
     report = edm.quality_report(real, rows)
     dynamics = dynamics_scores(args.env, edm.unpack(rows[:10_000], obs_dim, act_dim))

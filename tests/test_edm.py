@@ -138,6 +138,55 @@ def test_normalizer():
     torch.testing.assert_close(model.unnormalize(z), data)
 
 
+def skewed_rows(n=20_000):
+    """Columns: log-normal; a normal one clipped at -1 and 1, 16% of rows at either end; constant; a rare flag."""
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0].exp_()
+    x[:, 1].clamp_(-1, 1)
+    x[:, 2] = 5.0
+    x[:, 3] = (x[:, 3] > 2).float()
+    return x
+
+
+@pytest.mark.parametrize("n", [50, 20_000])  # fewer and more rows than quantiles
+def test_rank_normalizer(n):
+    data = skewed_rows(n)
+    model = EDM(4, width=8, depth=1, normalizer="rank")
+    model.fit_normalizer(data, skip=[3])
+    z = model.normalize(data)
+    assert torch.equal(z[:, 3], 4 * data[:, 3] - 2)
+    assert torch.equal(z, model.normalize(data))
+    uniform = torch.special.ndtr(z[:, :3].sort(0).values)  # each column is normal, atoms included
+    distance = (uniform - (torch.arange(n)[:, None] + 0.5) / n).abs().amax(0)
+    assert distance[0] < 1.1 / n + 1.1 / edm.NUM_QUANTILES and (distance[1:] < 2 / n**0.5).all()
+    assert (z[data[:, 0].argsort(), 0].diff() >= 0).all()
+    back = model.unnormalize(z)
+    torch.testing.assert_close(back[:, 1:], data[:, 1:], rtol=0, atol=1e-5)
+    assert (back[:, 1].abs() == 1).equal(data[:, 1].abs() == 1)  # atoms come back exactly
+    inside = z[:, 0].abs() < 3
+    torch.testing.assert_close(back[inside, 0], data[inside, 0], rtol=1e-2, atol=1e-4)
+    far = model.unnormalize(torch.tensor([[-9.0] * 4, [9.0] * 4]))
+    torch.testing.assert_close(far[:, :3], torch.stack([data.amin(0), data.amax(0)])[:, :3], rtol=1e-5, atol=0)
+
+
+def test_fast_recipe():
+    """Few steps learn the atoms and the tail of skewed columns, which standardised ones smear. Sizes too."""
+    data = skewed_rows()
+    options = dict(steps=600, lr=2e-3, width=64, depth=2, skip=[3], seed=0, device="cpu", progress=False)
+    scores, atoms = {}, {}
+    for recipe in ("paper", "fast"):
+        rows = edm.generate(edm.train_edm(data, recipe=recipe, **options), 5_000, progress=False)
+        rows[:, 3] = rows[:, 3] > 0.5
+        scores[recipe] = edm.marginal(data, rows)
+        atoms[recipe] = (rows[:, 1].abs() == 1).float().mean().item()
+    assert scores["fast"] > 0.98 and scores["fast"] > scores["paper"] + 0.05, scores
+    assert atoms["fast"] == pytest.approx(0.32, abs=0.04) and atoms["paper"] < 0.01, atoms
+    for recipe in ("paper", "fast"):
+        model = edm.train_edm(data, steps=1, recipe=recipe, device="cpu", progress=False)
+        config = {"width": model.config["width"], "depth": model.config["depth"]}
+        assert config == {key: value for key, value in edm.RECIPES[recipe].items() if key in config}
+
+
 # --- Noise schedule and samplers --------------------------------------------------------------------------------------
 
 
@@ -774,9 +823,10 @@ def test_quality_report_counts_rows_that_are_not_finite():
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def test_saved_model_comes_back_the_same(tmp_path):
+@pytest.mark.parametrize("normalizer", ["standard", "rank"])
+def test_saved_model_comes_back_the_same(tmp_path, normalizer):
     torch.manual_seed(0)
-    model = EDM(3, width=16, depth=2, time_dim=8, cond_dim=2, residual=False, sigma_data=0.5)
+    model = EDM(3, width=16, depth=2, time_dim=8, cond_dim=2, residual=False, sigma_data=0.5, normalizer=normalizer)
     model.fit_normalizer(torch.randn(20, 3) * 7 + 1)
     edm.save_edm(tmp_path / "diffusion.pt", model)
     loaded = edm.load_edm(tmp_path / "diffusion.pt")
@@ -859,14 +909,19 @@ def command(folder, **options):
     return dict(args=[sys.executable, edm.__file__, *words], cwd=folder, stdin=subprocess.DEVNULL)
 
 
-def test_command_line(tmp_path):
+@pytest.mark.parametrize("recipe", ["paper", "fast", None])
+def test_command_line(tmp_path, recipe):
     write_transitions(tmp_path / "data.npz")
-    result = subprocess.run(**command(tmp_path), capture_output=True, text=True, timeout=100)
+    options = {"diffusion_recipe": recipe} if recipe else {}  # without: fast, for so few steps
+    result = subprocess.run(**command(tmp_path, **options), capture_output=True, text=True, timeout=100)
     assert result.returncode == 0 and "marginal" in result.stdout, result.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"data.npz", "out.npz", "out.pt", "out.png"}
     data = edm.load_transitions(tmp_path / "out.npz")
     model = edm.load_edm(tmp_path / "out.pt")
-    assert (model.mean[-1], model.std[-1]) == (0, 1) and (model.std[:-1] != 1).all()  # all but d are standardised
+    assert model.config["normalizer"] == ("standard" if recipe == "paper" else "rank")
+    assert model.config["depth"] == (6 if recipe == "paper" else 4)
+    flag = (0, 1) if recipe == "paper" else (0.5, 0.25)
+    assert (model.mean[-1], model.std[-1]) == flag and (model.std[:-1] != 1).all()  # all but d are normalised
     rows = edm.generate(model, 2_500, progress=False)
     for key, x in edm.unpack(rows, 2, 2).items():
         np.testing.assert_array_equal(data[key], x)

@@ -111,10 +111,11 @@ class Args:
     """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; fast: 2e-3)"""
     diffusion_seed: int = 0
     """seed of the subsample, the diffusion model and its samples, shared by agents of every --seed"""
-    sampler: Literal["sde", "dpmpp"] = "dpmpp"
-    """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
+    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp-sde"
+    """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
+    Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
-    """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
+    """noise levels of the sampler (default 32; 128 for sde, the paper's)"""
     num_samples: Optional[int] = None
     """transitions to generate, or to take from --synthetic-path (paper: 5,000,000, Appendix C.1; quickstart:
     200,000)"""

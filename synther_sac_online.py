@@ -138,10 +138,11 @@ class Args:
     """rows per training step (paper: 256)"""
     diffusion_lr: Optional[float] = None
     """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3)"""
-    sampler: Literal["sde", "dpmpp"] = "dpmpp"
-    """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
+    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp-sde"
+    """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
+    Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
-    """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
+    """noise levels of the sampler (default 32; 128 for sde, the paper's)"""
     num_samples: Optional[int] = None
     """transitions that each model generates; they replace the last model's (paper: 1,000,000; Pendulum: 20,000)"""
     sample_batch_size: Optional[int] = None

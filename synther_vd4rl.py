@@ -103,10 +103,11 @@ class Args:
     """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; fast: 2e-3)"""
     diffusion_seed: int = 0
     """seed of the latent transitions' shifts, the diffusion model and its samples"""
-    sampler: Literal["sde", "dpmpp"] = "dpmpp"
-    """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
+    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp-sde"
+    """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
+    Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
-    """noise levels of the sampler (default 32 for dpmpp; 128 for sde, the paper's)"""
+    """noise levels of the sampler (default 32; 128 for sde, the paper's)"""
     num_samples: int = 5_000_000
     """latent transitions to generate, or to take from --synthetic-path (paper: 5,000,000, Section 4.3)"""
     sample_batch_size: Optional[int] = None

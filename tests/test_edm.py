@@ -418,7 +418,7 @@ def test_training_lowers_the_loss(learned):
     assert np.mean(losses[-20:]) < 0.85 * linear < 0.85 * losses[0]
 
 
-@pytest.mark.parametrize("sampler, sample_steps", [("dpmpp", 20), ("sde", 128)])
+@pytest.mark.parametrize("sampler, sample_steps", [("dpmpp", 20), ("dpmpp-sde", 32), ("sde", 128)])
 def test_generated_rows_follow_the_data(learned, sampler, sample_steps):
     rows = edm.generate(learned[0], 4_000, sampler=sampler, sample_steps=sample_steps, progress=False)
     data = two_modes(50_000, seed=1)
@@ -619,7 +619,7 @@ def test_any_number_of_samples(model, num_samples):
     assert torch.equal(rows[:full], draw(model, 40)[:full])
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp", "sde"])
+@pytest.mark.parametrize("sampler", ["dpmpp", "dpmpp-sde", "sde"])
 def test_samples_depend_on_the_seed_alone(model, sampler):
     rows = draw(model, 25, sampler=sampler, seed=4)
     torch.manual_seed(99)

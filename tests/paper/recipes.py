@@ -58,6 +58,12 @@ VARIATIONS = {
     "Muon 0.02, batch 1024": dict(optimizer="muon", lr=2e-2, batch_size=1024),
     "Muon 0.02, batch 1024, width 512": dict(optimizer="muon", lr=2e-2, batch_size=1024, width=512),
     "ranks": dict(normalizer="rank"),
+    "EMA by steps": dict(ema="scaled"),
+    "ranks, EMA by steps, lr 2e-3": dict(normalizer="rank", ema="scaled", lr=2e-3),
+    "fast, width 256": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4),
+    "fast": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4, width=384),
+    "fast, width 512": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4, width=512),
+    "paper": dict(lr=3e-4, width=1024, terminal=(0.0, 1.0)),
     "whitened, floor 0.1": dict(normalizer="whiten", floor=0.1),
     "whitened, floor 0.01": dict(normalizer="whiten", floor=0.01),
     "whitened, floor 0.001": dict(normalizer="whiten", floor=0.001),
@@ -84,6 +90,8 @@ class Args:
     """seeds of the network and its batches"""
     num_samples: int = 20_000
     """rows to generate for the scores"""
+    samplers: tuple[str, ...] = ("dpmpp",)
+    """samplers to generate them with: dpmpp, dpmpp-sde, sde (eight times as slow)"""
     out: str = "recipes.jsonl"
     """file to add results to, one JSON object per line"""
     part: tuple[int, int] = (0, 1)
@@ -222,7 +230,7 @@ def seconds_per_step(rows, recipe):
 
 
 def run(real, recipe, seconds, seed, args):
-    """Train, generate, and judge one recipe. Returns a dict of scores."""
+    """Train, generate with each sampler, and judge one recipe. Yields dicts of scores."""
     obs_dim = {"Walker2d-v4": 17, "HalfCheetah-v4": 17, "Hopper-v4": 11}[args.env]
     act_dim = real.shape[1] - 2 * obs_dim - 2
     step_seconds = seconds_per_step(real, recipe)
@@ -236,15 +244,18 @@ def run(real, recipe, seconds, seed, args):
         if i % 1000 == 0:
             edm.trim_memory()
     took = time.process_time() - start
-    rows = edm.generate(model, args.num_samples, sample_steps=recipe["sample_steps"], seed=seed, progress=False)
-    if normalizer:
-        rows = normalizer.inverse(rows)
-    if recipe["clamp"]:
-        rows = rows.clamp(real.amin(0), real.amax(0))
-    rows[:, -1] = rows[:, -1] > 0.5
-    report = edm.quality_report(real, rows)
-    dynamics = dynamics_scores(args.env, edm.unpack(rows[:10_000], obs_dim, act_dim))
-    return dict(steps=steps, took=round(took, 1), step_ms=round(1e3 * step_seconds, 2)) | report | dynamics
+    for sampler in args.samplers:
+        steps_of = {"sample_steps": recipe["sample_steps"]} if sampler != "sde" else {}
+        rows = edm.generate(model, args.num_samples, sampler=sampler, **steps_of, seed=seed, progress=False)
+        if normalizer:
+            rows = normalizer.inverse(rows)
+        if recipe["clamp"]:
+            rows = rows.clamp(real.amin(0), real.amax(0))
+        rows[:, -1] = rows[:, -1] > 0.5
+        report = edm.quality_report(real, rows)
+        dynamics = dynamics_scores(args.env, edm.unpack(rows[:10_000], obs_dim, act_dim))
+        training = dict(sampler=sampler, steps=steps, took=round(took, 1), step_ms=round(1e3 * step_seconds, 2))
+        yield training | report | dynamics
 
 
 def print_table(path):
@@ -252,7 +263,8 @@ def print_table(path):
     groups = {}
     for line in Path(path).read_text().splitlines():
         result = json.loads(line)
-        groups.setdefault((result["env"], result["seconds"], result["name"]), []).append(result)
+        name = f"{result['name']}, {result.get('sampler', 'dpmpp')}"
+        groups.setdefault((result["env"], result["seconds"], name), []).append(result)
     columns = ["steps", "marginal", "correlation", "dynamics", "reward", "terminals", "recall", "precision"]
     columns += ["nearest", "nearest_real"]
     for setting in sorted({key[:2] for key in groups}):
@@ -281,12 +293,15 @@ def main(args):
     for seconds, name, seed in jobs[args.part[0] :: args.part[1]]:
         if (args.env, seconds, name, seed) in done:
             continue
-        scores = run(real, BASE | variations[name], seconds, seed, args)
-        result = dict(env=args.env, rows=len(real), seconds=seconds, name=name, seed=seed) | scores
+        results = [
+            dict(env=args.env, rows=len(real), seconds=seconds, name=name, seed=seed) | scores
+            for scores in run(real, BASE | variations[name], seconds, seed, args)
+        ]
         with open(args.out, "a") as f:
-            f.write(json.dumps(result) + "\n")
-        shown = {key: round(result[key], 4) for key in ("steps", "marginal", "correlation", "dynamics", "recall")}
-        print(f"{args.env} {seconds} s, {name}, seed {seed}: {shown}", flush=True)
+            f.writelines(json.dumps(result) + "\n" for result in results)
+        for result in results:
+            shown = {key: round(result[key], 4) for key in ("steps", "marginal", "correlation", "dynamics", "recall")}
+            print(f"{args.env} {seconds} s, {name}, seed {seed}, {result['sampler']}: {shown}", flush=True)
 
 
 if __name__ == "__main__":

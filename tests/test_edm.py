@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -256,7 +257,7 @@ def test_stochastic_sampler_equals_algorithm_2():
     torch.testing.assert_close(actual, x)
 
 
-@pytest.mark.parametrize("sampler", [heun, edm.sample_sde, edm.sample_dpmpp])
+@pytest.mark.parametrize("sampler", [heun, edm.sample_sde, edm.sample_dpmpp, partial(edm.sample_dpmpp, eta=1.0)])
 def test_samplers_reach_the_data(sampler):
     """From sigma_max all the way to 0, samples of the ideal denoiser have the data's mean and deviation."""
     torch.manual_seed(0)
@@ -304,6 +305,22 @@ def test_churn_noise_comes_from_the_generator():
         edm.sample_sde(gaussian_denoise, x, sigmas, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("eta", [0.25, 1.0])
+def test_noise_of_dpmpp_replaces_the_one_it_takes(eta):
+    """With a single data point, 3.0, the noise has the scheduled level at the end, and comes from the generator;
+    what is left of the first noise shrinks by the ratio of the levels to the power 1 + eta."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(100_000, dtype=torch.float64, generator=generator)
+    sigmas = torch.tensor([80.0, 20.0, 3.0, 1.0], dtype=torch.float64)
+    sample = lambda seed: edm.sample_dpmpp(  # noqa: E731
+        lambda x, sigma: torch.full_like(x, 3.0), 3 + 80 * noise, sigmas, eta, torch.Generator().manual_seed(seed)
+    )
+    x = sample(1)
+    assert x.mean().item() == pytest.approx(3, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.01)
+    assert (x * noise).mean().item() == pytest.approx(80 ** (1 - (1 + eta)), abs=0.02)
+    assert torch.equal(x, sample(1)) and not torch.equal(x, sample(2))
 
 
 @pytest.mark.parametrize("sampler, calls_for", [(edm.sample_dpmpp, lambda n: n), (edm.sample_sde, lambda n: 2 * n - 1)])

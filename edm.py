@@ -622,7 +622,7 @@ def generate(
     edm,
     num_samples,
     *,
-    sampler="dpmpp-sde",
+    sampler="dpmpp",
     sample_steps=None,
     batch_size=None,
     seed=0,
@@ -1010,9 +1010,9 @@ class Args:
     d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
     diffusion_steps: int = 100_000
     """training steps (paper: 100,000, Table 8)"""
-    diffusion_recipe: Optional[Literal["paper", "fast"]] = None
+    diffusion_recipe: Literal["paper", "fast"] = "paper"
     """how to train: as the paper, or with a smaller denoiser, a higher learning rate and columns bent into normal
-    distributions, better in little time (default: paper from 100,000 steps on, else fast)"""
+    distributions, for little time"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024; fast: 384)"""
     diffusion_depth: Optional[int] = None
@@ -1021,7 +1021,7 @@ class Args:
     """rows per training step (paper: 256, and 1024 from 800,000 rows on; fast: 256)"""
     diffusion_lr: Optional[float] = None
     """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3)"""
-    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp-sde"
+    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp"
     """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
     Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
@@ -1055,12 +1055,12 @@ def main(args):
     data = load_transitions(args.data, args.true_next_obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
     real = pack(**data)
-    recipe = args.diffusion_recipe or ("paper" if args.diffusion_steps >= 100_000 else "fast")
+    is_large = args.diffusion_recipe == "paper" and len(real) >= 800_000
     model = train_edm(
         real,
         steps=args.diffusion_steps,
-        recipe=recipe,
-        batch_size=args.diffusion_batch_size or (1024 if recipe == "paper" and len(real) >= 800_000 else 256),
+        recipe=args.diffusion_recipe,
+        batch_size=args.diffusion_batch_size or (1024 if is_large else 256),
         lr=args.diffusion_lr,
         width=args.diffusion_width,
         depth=args.diffusion_depth,

@@ -127,18 +127,18 @@ class Args:
     fast recipe always bends it"""
     diffusion_steps: Optional[int] = None
     """training steps of each diffusion model (paper: 100,000; Pendulum: 2,000)"""
-    diffusion_recipe: Optional[Literal["paper", "fast"]] = None
+    diffusion_recipe: Literal["paper", "fast"] = "paper"
     """how to train: as the paper, or with a smaller denoiser, a higher learning rate and columns bent into normal
-    distributions, better in little time (default: paper from 100,000 steps on, else fast)"""
+    distributions, for little time"""
     diffusion_width: Optional[int] = None
-    """units per block of the denoiser (paper: 1024; fast: 384)"""
+    """units per block of the denoiser (paper: 1024; fast: 384; Pendulum: 256)"""
     diffusion_depth: Optional[int] = None
     """residual blocks of the denoiser (paper: 6, Table 8; fast: 4)"""
     diffusion_batch_size: int = 256
     """rows per training step (paper: 256)"""
     diffusion_lr: Optional[float] = None
-    """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3)"""
-    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp-sde"
+    """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3; Pendulum: 1e-3)"""
+    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp"
     """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
     Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
@@ -159,7 +159,7 @@ DEFAULTS = {
     r"dmc/": dict(total_steps=200_000, standardize_reward=False),
     r"Pendulum": dict(
         total_steps=2_000, learning_starts=500, eval_every=250, checkpoint_every=500, retrain_every=500,
-        diffusion_steps=2_000, num_samples=20_000,
+        diffusion_steps=2_000, diffusion_width=256, diffusion_lr=1e-3, num_samples=20_000,
     ),
 }  # fmt: skip
 ALGOS = {"sac": dict(utd=1, num_q=2), "redq": dict(utd=20, num_q=10), "synther": dict(utd=20, num_q=2)}
@@ -172,11 +172,8 @@ def resolve(args):
         if re.match(pattern, args.env):
             values |= row
     values |= ALGOS[args.algo]
-    recipe = args.diffusion_recipe
-    if recipe is None:
-        recipe = "paper" if (args.diffusion_steps or values["diffusion_steps"]) >= 100_000 else "fast"
-    values["diffusion_recipe"] = recipe
-    values |= {f"diffusion_{name}": value for name, value in edm.RECIPES[recipe].items()}
+    sizes = {f"diffusion_{name}": value for name, value in edm.RECIPES[args.diffusion_recipe].items()}
+    values = sizes | values if args.diffusion_recipe == "paper" else values | sizes  # Pendulum has sizes of its own
     values["exp_name"] = f"synther_sac_online-{args.algo}"
     values["sample_steps"] = 128 if args.sampler == "sde" else 32
     for name, value in values.items():

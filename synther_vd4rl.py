@@ -90,9 +90,9 @@ class Args:
     # the diffusion model
     diffusion_steps: int = 100_000
     """training steps of the diffusion model (paper: 100,000, Table 8)"""
-    diffusion_recipe: Optional[Literal["paper", "fast"]] = None
+    diffusion_recipe: Literal["paper", "fast"] = "paper"
     """how to train: as the paper, or with a smaller denoiser, a higher learning rate and columns bent into normal
-    distributions, better in little time (default: paper from 100,000 steps on, else fast)"""
+    distributions, for little time"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024, Appendix F; fast: 384)"""
     diffusion_depth: Optional[int] = None
@@ -103,7 +103,7 @@ class Args:
     """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; fast: 2e-3)"""
     diffusion_seed: int = 0
     """seed of the latent transitions' shifts, the diffusion model and its samples"""
-    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp-sde"
+    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp"
     """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
     Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
@@ -157,10 +157,8 @@ LEVELS = {
 
 def resolve(args):
     """Fill every argument that is None and has a value for this algorithm. Returns the same Args."""
-    recipe = args.diffusion_recipe or ("paper" if args.diffusion_steps >= 100_000 else "fast")
     values = {
-        "diffusion_recipe": recipe,
-        **{f"diffusion_{name}": value for name, value in edm.RECIPES[recipe].items()},
+        **{f"diffusion_{name}": value for name, value in edm.RECIPES[args.diffusion_recipe].items()},
         "dataset_path": "vd4rl_data",
         "exp_name": f"synther_vd4rl-{args.algo}-{args.data}",
         "nstep": 3 if args.algo == "drqbc" else 1,

@@ -75,8 +75,22 @@ def test_diffusion_settings_agree():
     keys = [name for name in arguments(synther_td3bc) if name.startswith(("diffusion_", "sampl", "num_samples"))]
     for name in (*names, *synther_td3bc.MAZE_TASKS, "quickstart"):
         for num_rows in (1_000, 1_000_000):
-            settings = [vars(script.resolve(script.Args(env=name), num_rows)) for script in OFFLINE]
-            assert len({tuple(values[key] for key in keys) for values in settings}) == 1, name
+            for recipe in edm.RECIPES:
+                args = [script.Args(env=name, diffusion_recipe=recipe) for script in OFFLINE]
+                settings = [vars(script.resolve(a, num_rows)) for script, a in zip(OFFLINE, args)]
+                assert len({tuple(values[key] for key in keys) for values in settings}) == 1, name
+
+
+def test_fast_recipe_sets_the_sizes():
+    """Whatever the dataset or environment; what is given on the command line goes before it."""
+    fast = {f"diffusion_{key}": value for key, value in edm.RECIPES["fast"].items()}
+    for script in SCRIPTS:
+        num_rows = [1_000_000] if script in OFFLINE else []
+        for env in (script.Args().env, "hopper-medium-v2"):  # both have a width of their own in the offline scripts
+            args = script.resolve(script.Args(env=env, diffusion_recipe="fast"), *num_rows)
+            assert {key: getattr(args, key) for key in fast} == fast and args.diffusion_batch_size == 256
+            args = script.resolve(script.Args(env=env, diffusion_recipe="fast", diffusion_width=8), *num_rows)
+            assert args.diffusion_width == 8 and args.diffusion_depth == fast["diffusion_depth"]
 
 
 def test_offline_scripts_share_arguments():

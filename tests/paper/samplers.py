@@ -57,11 +57,14 @@ def samplers():
             denoise, x, edm.karras_sigmas(steps), s_churn=churn, generator=generator
         )
     )
-    dpmpp = lambda steps: lambda denoise, x, _: edm.sample_dpmpp(denoise, x, edm.karras_sigmas(steps))  # noqa: E731
+    dpmpp = lambda steps, eta: (  # noqa: E731
+        lambda denoise, x, generator: edm.sample_dpmpp(denoise, x, edm.karras_sigmas(steps), eta, generator)
+    )
     return (
         [(f"paper's SDE, {n} steps", sde(n, 80.0)) for n in (128, 64, 32, 16)]
         + [(f"Heun without churn, {n} steps", sde(n, 0.0)) for n in (128, 32, 16, 10)]
-        + [(f"DPM-Solver++(2M), {n} steps", dpmpp(n)) for n in (64, 32, 20, 16, 12, 8)]
+        + [(f"DPM-Solver++(2M), {n} steps", dpmpp(n, 0.0)) for n in (64, 32, 20, 16, 12, 8)]
+        + [(f"the same with noise, {n} steps", dpmpp(n, 1.0)) for n in (64, 32, 20, 16)]
     )
 
 

@@ -127,7 +127,8 @@ class Denoiser(nn.Module):
 
 # --- Rank normaliser --------------------------------------------------------------------------------------------------
 # Not the paper's: each column is bent into a normal distribution. The model then need not learn the columns' shapes,
-# and a value that many rows share, such as a velocity at its limit, is an interval of ranks and comes back exactly.
+# and a value that many rows share (one in a thousand, say), such as a velocity at its limit, is an interval of ranks
+# and comes back exactly.
 
 NUM_QUANTILES = 10_000
 
@@ -150,7 +151,7 @@ def normal_scores(values, quantiles, generator):
 def from_normal_scores(z, quantiles):
     """The inverse of `normal_scores`; beyond the quantiles it gives the first or the last."""
     rank = (torch.special.ndtr(z) * len(quantiles) - 0.5).clamp(0, len(quantiles) - 1)
-    low = rank.long().clamp(max=len(quantiles) - 2)
+    low = rank.long().clamp(0, len(quantiles) - 2)  # below 0 where z is NaN
     return torch.lerp(quantiles[low], quantiles[low + 1], rank - low)
 
 
@@ -450,8 +451,8 @@ def train_edm(
 ) -> EDM:
     """Train a diffusion model on rows (Appendix B.2, Table 8) and return its exponential moving average.
 
-    Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1, EMA 0.995 every 10 steps. The data live
-    on the device; nothing in a step waits for the host.
+    Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1, EMA 0.995 every 10 steps in the paper's
+    recipe. The data live on the device; nothing in a step waits for the host.
 
     Args:
         data: [num_rows, dim] float32, in raw units.
@@ -477,7 +478,7 @@ def train_edm(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     values = {"lr": lr, "width": width, "depth": depth}
     lr, width, depth = (RECIPES[recipe][key] if value is None else value for key, value in values.items())
-    ema_beta = 0.995 if recipe == "paper" else max(1 - 500 / steps, 0.0)
+    ema_beta = 0.995 if recipe == "paper" else max(1 - 500 / max(steps, 1), 0.0)
     if not all(part.isfinite().all() for part in data.split(100_000)):
         raise RunError("the training rows of the diffusion model hold NaN or Inf")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -485,11 +486,10 @@ def train_edm(
         cond_dim = 0 if cond is None else cond.shape[1]
         normalizer = "rank" if recipe == "fast" else "standard"
         model = EDM(data.shape[1], width, depth, cond_dim, time_dim, residual=residual, normalizer=normalizer)
-        model = model.to(device)
         if init is not None:
-            model.load_state_dict(init.state_dict())
-        data = data.to(device)
+            model.denoiser.load_state_dict(init.denoiser.state_dict())
         model.fit_normalizer(data, skip)
+        model = model.to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         params = list(model.parameters())
         current_lr = torch.tensor(lr, device=device) if device.type == "cuda" else lr
@@ -502,6 +502,7 @@ def train_edm(
         settings["patience"] = patience
         if checkpoint_path and os.path.exists(checkpoint_path):
             saved = load_file(checkpoint_path, device)
+            saved["settings"].setdefault("normalizer", "standard")  # the only one there was
             if different := [k for k in settings if settings[k] != saved["settings"].get(k)]:
                 raise RunError(
                     f"{checkpoint_path} is of a run with another {', '.join(different)}; delete it to start over"
@@ -517,7 +518,7 @@ def train_edm(
             if on_log and saved["logged"]:  # the caller may not have come to write it down
                 on_log(saved["last_log"], saved["logged"])
 
-        x = model.normalize(data)
+        x = model.normalize(data.to(device))
         cond = None if cond is None else cond.to(device)
         if patience:
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(device)

@@ -813,7 +813,7 @@ def make_synthetic(args, real, latent_dim, act_dim, run_dir, device, log, step):
             real,
             steps=args.diffusion_steps,
             recipe=args.diffusion_recipe,
-            time_dim=256,  # 128 elsewhere offline, which is less than the 207 columns of a row
+            time_dim=256,  # 128 elsewhere offline, which is less than the 207 columns of DrQ+BC's rows
             batch_size=args.diffusion_batch_size,
             lr=args.diffusion_lr,
             width=args.diffusion_width,

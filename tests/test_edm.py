@@ -166,6 +166,7 @@ def test_rank_normalizer(n):
     assert (back[:, 1].abs() == 1).equal(data[:, 1].abs() == 1)  # atoms come back exactly
     inside = z[:, 0].abs() < 3
     torch.testing.assert_close(back[inside, 0], data[inside, 0], rtol=1e-2, atol=1e-4)
+    assert model.unnormalize(torch.full((1, 4), math.nan)).isnan().all()  # counted later, not a crash here
     far = model.unnormalize(torch.tensor([[-9.0] * 4, [9.0] * 4]))
     torch.testing.assert_close(far[:, :3], torch.stack([data.amin(0), data.amax(0)])[:, :3], rtol=1e-5, atol=0)
 

@@ -58,11 +58,20 @@ VARIATIONS = {
     "Muon 0.02, batch 1024": dict(optimizer="muon", lr=2e-2, batch_size=1024),
     "Muon 0.02, batch 1024, width 512": dict(optimizer="muon", lr=2e-2, batch_size=1024, width=512),
     "ranks": dict(normalizer="rank"),
+    "ranks, EMA by steps": dict(normalizer="rank", ema="scaled"),
+    "ranks, EMA by steps, lr 2e-3, depth 4, batch 128, linear": dict(
+        normalizer="rank", ema="scaled", lr=2e-3, depth=4, batch_size=128, schedule="linear"
+    ),
     "EMA by steps": dict(ema="scaled"),
     "ranks, EMA by steps, lr 2e-3": dict(normalizer="rank", ema="scaled", lr=2e-3),
     "fast, width 256": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4),
     "fast": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4, width=384),
     "fast, width 512": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4, width=512),
+    "fast, width 512, lr 1e-3": dict(normalizer="rank", ema="scaled", lr=1e-3, depth=4, width=512),
+    "fast, 6 x 512, lr 1e-3": dict(normalizer="rank", ema="scaled", lr=1e-3, width=512),
+    "fast, standardised": dict(ema="scaled", lr=2e-3, depth=4, width=384),
+    "6 x 512": dict(width=512, terminal=(0.0, 1.0)),
+    "6 x 512, EMA by steps": dict(width=512, ema="scaled", terminal=(0.0, 1.0)),
     "paper": dict(lr=3e-4, width=1024, terminal=(0.0, 1.0)),
     "whitened, floor 0.1": dict(normalizer="whiten", floor=0.1),
     "whitened, floor 0.01": dict(normalizer="whiten", floor=0.01),
@@ -100,37 +109,7 @@ class Args:
     """print the results so far as a table instead"""
 
 
-# --- Rank-based normaliser --------------------------------------------------------------------------------------------
-
-
-class RankNormalizer:
-    """Each column's empirical distribution, mapped to a normal one and back; equal values (atoms) spread at random.
-
-    The terminal column is shifted and scaled instead.
-    """
-
-    def __init__(self, rows, terminal):
-        self.sorted = rows.sort(0).values.T.contiguous()  # [dim, num_rows]
-        self.mean, self.std = terminal
-
-    def forward(self, rows, generator):
-        x = rows.T.contiguous()
-        left, right = (torch.searchsorted(self.sorted, x, side=side) for side in ("left", "right"))
-        share = torch.rand(x.shape, generator=generator)
-        u = (left + share * (right - left)) / x.shape[1]
-        z = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double()).float().T.contiguous()
-        z[:, -1] = (rows[:, -1] - self.mean) / self.std
-        return z
-
-    def inverse(self, z):
-        n = self.sorted.shape[1]
-        position = (torch.special.ndtr(z.T.double()) * n - 0.5).clamp(0, n - 1)
-        low = position.floor().long()
-        high = (low + 1).clamp(max=n - 1)
-        a, b = self.sorted.gather(1, low), self.sorted.gather(1, high)
-        rows = (a + (position - low) * (b - a)).float().T.contiguous()
-        rows[:, -1] = z[:, -1] * self.std + self.mean
-        return rows
+# --- Normaliser -------------------------------------------------------------------------------------------------------
 
 
 class Whitener:
@@ -152,7 +131,7 @@ class Whitener:
         self.inverse_matrix[:-1, :-1] = vectors * scale @ vectors.T
         self.matrix, self.inverse_matrix = self.matrix / std[:, None], self.inverse_matrix * std
 
-    def forward(self, rows, generator):
+    def forward(self, rows):
         return ((rows - self.mean) @ self.matrix).float()
 
     def inverse(self, z):
@@ -174,17 +153,15 @@ def loss(model, x, noise):
 def start_training(rows, recipe, seed, steps):
     """A model, and a function that makes one step at a given learning-rate factor."""
     torch.manual_seed(seed)
-    model = edm.EDM(rows.shape[1], recipe["width"], recipe["depth"])
+    kind = "rank" if recipe["normalizer"] == "rank" else "standard"
+    model = edm.EDM(rows.shape[1], recipe["width"], recipe["depth"], normalizer=kind)
     model.P_MEAN, model.P_STD = recipe["p_mean"], recipe["p_std"]
-    normalizer = None
-    if recipe["normalizer"] == "rank":
-        normalizer = RankNormalizer(rows, recipe["terminal"])
+    whitener = None
     if recipe["normalizer"] == "whiten":
-        normalizer = Whitener(rows, recipe["floor"], recipe["terminal"])
-    if normalizer:
-        x = normalizer.forward(rows, torch.Generator().manual_seed(seed))
+        whitener = Whitener(rows, recipe["floor"], recipe["terminal"])
+        x = whitener.forward(rows)
     else:
-        model.fit_normalizer(rows)
+        model.fit_normalizer(rows, skip=[rows.shape[1] - 1])
         model.mean[-1], model.std[-1] = recipe["terminal"]
         x = model.normalize(rows)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -214,7 +191,7 @@ def start_training(rows, recipe, seed, steps):
         if i % 10 == 0:
             torch._foreach_lerp_(list(ema.parameters()), params, 1 - edm.ema_decay(i, ema_beta))
 
-    return ema, normalizer, step
+    return ema, whitener, step
 
 
 def seconds_per_step(rows, recipe):
@@ -235,7 +212,7 @@ def run(real, recipe, seconds, seed, args):
     act_dim = real.shape[1] - 2 * obs_dim - 2
     step_seconds = seconds_per_step(real, recipe)
     steps = round(seconds / step_seconds)
-    model, normalizer, step = start_training(real, recipe, seed, steps)
+    model, whitener, step = start_training(real, recipe, seed, steps)
     start = time.process_time()
     for i in range(steps):
         left = 1 - i / steps
@@ -247,8 +224,8 @@ def run(real, recipe, seconds, seed, args):
     for sampler in args.samplers:
         steps_of = {"sample_steps": recipe["sample_steps"]} if sampler != "sde" else {}
         rows = edm.generate(model, args.num_samples, sampler=sampler, **steps_of, seed=seed, progress=False)
-        if normalizer:
-            rows = normalizer.inverse(rows)
+        if whitener:
+            rows = whitener.inverse(rows)
         if recipe["clamp"]:
             rows = rows.clamp(real.amin(0), real.amax(0))
         rows[:, -1] = rows[:, -1] > 0.5

@@ -98,9 +98,9 @@ class Args:
     # the diffusion model; None takes the value for this dataset, see DEFAULTS
     diffusion_steps: Optional[int] = None
     """training steps of the diffusion model (paper: 100,000, Table 8; quickstart: 10,000)"""
-    diffusion_recipe: Literal["paper", "fast"] = "paper"
-    """how to train: as the paper, or with a smaller denoiser, a higher learning rate and columns bent into normal
-    distributions, for little time"""
+    diffusion_recipe: Literal["paper", "fast", "ranks"] = "paper"
+    """how to train: as the paper; fast, for little time: a smaller denoiser, a higher learning rate, an average over
+    fewer steps; ranks: the same with columns bent into normal distributions, for better histograms"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024, and 2048 for three datasets, Appendix B.2; fast: 384;
     quickstart: 512)"""

@@ -171,19 +171,19 @@ def test_rank_normalizer(n):
     torch.testing.assert_close(far[:, :3], torch.stack([data.amin(0), data.amax(0)])[:, :3], rtol=1e-5, atol=0)
 
 
-def test_fast_recipe():
+def test_recipes():
     """Few steps learn the atoms and the tail of skewed columns, which standardised ones smear. Sizes too."""
     data = skewed_rows()
     options = dict(steps=600, lr=2e-3, width=64, depth=2, skip=[3], seed=0, device="cpu", progress=False)
     scores, atoms = {}, {}
-    for recipe in ("paper", "fast"):
+    for recipe in ("paper", "ranks"):
         rows = edm.generate(edm.train_edm(data, recipe=recipe, **options), 5_000, progress=False)
         rows[:, 3] = rows[:, 3] > 0.5
         scores[recipe] = edm.marginal(data, rows)
         atoms[recipe] = (rows[:, 1].abs() == 1).float().mean().item()
-    assert scores["fast"] > 0.98 and scores["fast"] > scores["paper"] + 0.05, scores
-    assert atoms["fast"] == pytest.approx(0.32, abs=0.04) and atoms["paper"] < 0.01, atoms
-    for recipe in ("paper", "fast"):
+    assert scores["ranks"] > 0.98 and scores["ranks"] > scores["paper"] + 0.05, scores
+    assert atoms["ranks"] == pytest.approx(0.32, abs=0.04) and atoms["paper"] < 0.01, atoms
+    for recipe in edm.RECIPES:
         model = edm.train_edm(data, steps=1, recipe=recipe, device="cpu", progress=False)
         config = {"width": model.config["width"], "depth": model.config["depth"]}
         assert config == {key: value for key, value in edm.RECIPES[recipe].items() if key in config}
@@ -927,7 +927,7 @@ def command(folder, **options):
     return dict(args=[sys.executable, edm.__file__, *words], cwd=folder, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast"])
+@pytest.mark.parametrize("recipe", ["paper", "fast", "ranks"])
 def test_command_line(tmp_path, recipe):
     write_transitions(tmp_path / "data.npz")
     result = subprocess.run(**command(tmp_path, diffusion_recipe=recipe), capture_output=True, text=True, timeout=100)
@@ -935,9 +935,9 @@ def test_command_line(tmp_path, recipe):
     assert {p.name for p in tmp_path.iterdir()} == {"data.npz", "out.npz", "out.pt", "out.png"}
     data = edm.load_transitions(tmp_path / "out.npz")
     model = edm.load_edm(tmp_path / "out.pt")
-    assert model.config["normalizer"] == ("standard" if recipe == "paper" else "rank")
+    assert model.config["normalizer"] == ("rank" if recipe == "ranks" else "standard")
     assert model.config["depth"] == (6 if recipe == "paper" else 4)
-    flag = (0, 1) if recipe == "paper" else (0.5, 0.25)
+    flag = (0.5, 0.25) if recipe == "ranks" else (0, 1)
     assert (model.mean[-1], model.std[-1]) == flag and (model.std[:-1] != 1).all()  # all but d are normalised
     rows = edm.generate(model, 2_500, progress=False)
     for key, x in edm.unpack(rows, 2, 2).items():

@@ -81,15 +81,16 @@ def test_diffusion_settings_agree():
                 assert len({tuple(values[key] for key in keys) for values in settings}) == 1, name
 
 
-def test_fast_recipe_sets_the_sizes():
+@pytest.mark.parametrize("recipe", ["fast", "ranks"])
+def test_recipe_sets_the_sizes(recipe):
     """Whatever the dataset or environment; what is given on the command line goes before it."""
-    fast = {f"diffusion_{key}": value for key, value in edm.RECIPES["fast"].items()}
+    fast = {f"diffusion_{key}": value for key, value in edm.RECIPES[recipe].items()}
     for script in SCRIPTS:
         num_rows = [1_000_000] if script in OFFLINE else []
         for env in (script.Args().env, "hopper-medium-v2"):  # both have a width of their own in the offline scripts
-            args = script.resolve(script.Args(env=env, diffusion_recipe="fast"), *num_rows)
+            args = script.resolve(script.Args(env=env, diffusion_recipe=recipe), *num_rows)
             assert {key: getattr(args, key) for key in fast} == fast and args.diffusion_batch_size == 256
-            args = script.resolve(script.Args(env=env, diffusion_recipe="fast", diffusion_width=8), *num_rows)
+            args = script.resolve(script.Args(env=env, diffusion_recipe=recipe, diffusion_width=8), *num_rows)
             assert args.diffusion_width == 8 and args.diffusion_depth == fast["diffusion_depth"]
 
 

@@ -465,7 +465,7 @@ def train_edm(
         width, depth, residual, time_dim: the Denoiser's (None takes the recipe's).
         skip: columns that are not standardised: flags.
         cond: optional condition [num_rows, cond_dim].
-        init: a model of the same size whose weights to start from; the normaliser is that of `data` in any case.
+        init: a model of the same size, whose denoiser to start from; the normaliser is that of `data` in any case.
         patience: stop early, once the loss of the average on 5% of the rows, held out for it, has not fallen by 0.5%
             for this many thousands of steps. The paper has no such thing; Appendix D.2 expects it to save much.
         seed: of the weights, noise and batches. The caller's random state is left as it was.

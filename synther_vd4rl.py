@@ -620,7 +620,7 @@ def step_on_gradient(optimizer, loss, params):
 
 def keep_freed_memory():
     """On a CPU, keep the memory of freed images for the next: glibc gives large blocks back to the system each time,
-    and clearing new ones takes longer than the convolutions (1.4 of 2.3 seconds for 256 images)."""
+    and clearing new ones takes a tenth of an update."""
     try:
         libc, (trim_threshold, mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names from malloc.h
         if libc.mallopt(mmap_threshold, 2**30) == 1:  # some versions refuse so much

@@ -698,3 +698,19 @@ def test_killed_run_equals_uninterrupted(tmp_path, vd4rl):
         [line for line in (f / "metrics.csv").read_text().splitlines() if ",perf/" not in line] for f in (folder, whole)
     ]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("algo", ["drqbc", "bc"])
+def test_images_in_parts_give_the_update_of_the_whole_batch(monkeypatch, algo):
+    results = []
+    for at_once in (7, 3):  # the last part is smaller
+        monkeypatch.setitem(synther_vd4rl.IMAGES_AT_ONCE, "cpu", at_once)
+        torch.manual_seed(0)
+        agent = PixelAgent(2, synther_vd4rl.resolve(Args(algo=algo, hidden_dim=16, feature_dim=8)), "cpu")
+        images, next_images = torch.randint(0, 256, (2, 7, 9, 84, 84), dtype=torch.uint8)
+        others = torch.rand(7, 2), torch.rand(7), torch.rand(7)
+        losses = agent.update(images, *others, next_images, torch.zeros(()))
+        grads = [p.grad for p in agent.encoder.parameters()]
+        results.append([losses, *grads])
+    for whole, parts in zip(*results):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)

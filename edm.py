@@ -564,7 +564,7 @@ def train_edm(
                 loss = loss_sum.item() / (done - last_log)  # the only wait for the device
                 if not math.isfinite(loss):
                     raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
-                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 rate = (done - last_timed) / (time.time() - last_time)
                 logged = {"diffusion/loss": loss, "perf/diffusion_steps_per_sec": rate}
                 if patience:

@@ -6,7 +6,7 @@
 For a finished run of synther_vd4rl.py with a diffusion model: heads are trained on the dataset's latent transitions, on
 the generated ones, and on the dataset's without every tenth episode, each in the run's own number of updates. "Error"
 is what of the variance of the dataset's actions the policy's mean action leaves unexplained, "held-out" the same on
-every tenth episode, "size" the mean absolute action. A policy can lower the first below the second only by remembering
+those tenth episodes, "size" the mean absolute action. A policy can lower the first below the second only by remembering
 single actions, noise and all.
 """
 
@@ -79,6 +79,10 @@ def main(args):
     if args.table:
         return print_table(args.out)
     run_dir = Path(args.run)
+    if not args.run or not (run_dir / "synthetic.npz").is_file():
+        raise edm.RunError(
+            "--run wants the folder of a finished run of synther_vd4rl.py that trained a diffusion model"
+        )
     run = synther_vd4rl.Args(**json.loads((run_dir / "args.json").read_text()) | {"resume": None})
     synther_vd4rl.choose_renderer()
     synther_vd4rl.keep_freed_memory()
@@ -88,7 +92,7 @@ def main(args):
     agent, _ = synther_vd4rl.load_agent(Path(run.agent_path or run_dir) / "agent.pt", act_dim, run, "cpu")
     real = synther_vd4rl.extract_latents(agent, data, run.diffusion_seed)
     _, episode = data["start"].unique(return_inverse=True)
-    held_out = episode % 10 == 9
+    held_out = episode % 10 == min(9, episode.max())
     with np.load(run_dir / "synthetic.npz") as f:
         rows = {"real": real, "generated": edm.pack(**f)[:, :-1], "held-out": real[~held_out]}
     done = Path(args.out).read_text().splitlines() if Path(args.out).exists() else []

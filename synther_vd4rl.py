@@ -682,10 +682,10 @@ def check_synthetic(args):
         made_by = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError):
         raise edm.RunError(f"{folder} lacks the args.json of the run that made {args.synthetic_path}") from None
-    wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "feature_dim")}
+    wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "discount", "feature_dim")}
     if different := [f"{name}={made_by.get(name)}" for name in wanted if made_by.get(name) != wanted[name]]:
         raise edm.RunError(f"{args.synthetic_path} was made with {', '.join(different)}")
-    if Path(made_by.get("agent_path") or folder).name != Path(args.agent_path).name:
+    if Path(made_by.get("agent_path") or folder).resolve().name != Path(args.agent_path).resolve().name:
         raise edm.RunError(f"{args.synthetic_path} holds latents of another stage-1 agent than {args.agent_path}")
 
 

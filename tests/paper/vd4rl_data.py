@@ -93,6 +93,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except edm.RunError as error:
+    except (edm.RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -414,8 +414,10 @@ def load_file(path, device="cpu"):
     """What torch.save wrote. Raises RunError where the file cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise RunError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # a damaged file fails in many ways
+        raise RunError(f"{path} is damaged or of another program; once it is deleted, its step is done again") from None
 
 
 # How to train: Table 8, and what tests/paper/recipes.py found to be better in little time.

@@ -62,7 +62,7 @@ class Args:
     out_dir: str = "runs"
     """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
     exp_name: Optional[str] = None
-    """name of the experiment, part of the run folder's name (default: synther_sac_online-{algo})"""
+    """name of the experiment, part of the run folder's name; None takes synther_sac_online-{algo}"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "synther"

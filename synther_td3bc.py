@@ -853,6 +853,8 @@ def check_args(args):
     check_numbers(args)
     if args.subsample is not None and args.subsample > 1 and not float(args.subsample).is_integer():
         raise edm.RunError(f"--subsample must be a fraction up to 1 or a whole number, not {args.subsample}")
+    if args.synthetic_path and args.data == "real":
+        raise edm.RunError("--synthetic-path has no use with --data real")
     if args.synthetic_path and not Path(args.synthetic_path).is_file():
         raise edm.RunError(f"no such file: {args.synthetic_path}")
     if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):

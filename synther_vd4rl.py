@@ -22,10 +22,12 @@ Sections: arguments | data | environment and scores | networks | agents | experi
 import copy
 import ctypes
 import dataclasses
+import filecmp
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,7 +55,7 @@ class Args:
     env: str = "walker-walk-expert"
     """task and level: walker-walk or cheetah-run, then -random, -mixed, -medium, -medexp or -expert"""
     dataset_path: Optional[str] = None
-    """the folder that holds V-D4RL's main/ (default: vd4rl_data)"""
+    """the folder that holds V-D4RL's main/; None takes vd4rl_data"""
     seed: int = 0
     """seed of the agent, its batches and its evaluation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,7 +63,7 @@ class Args:
     out_dir: str = "runs"
     """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
     exp_name: Optional[str] = None
-    """name of the experiment, part of the run folder's name (default: synther_vd4rl-{algo}-{data})"""
+    """name of the experiment, part of the run folder's name; None takes synther_vd4rl-{algo}-{data}"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "synther"
@@ -83,9 +85,10 @@ class Args:
     max_frames: int = 1_000_000
     """stop loading after the file that brings the frames to this number (paper: 1,000,000; its sets have 100,000)"""
     agent_path: Optional[str] = None
-    """run folder whose stage-1 agent to use, instead of training one"""
+    """run folder whose stage-1 agent (agent.pt, of the same env, algo and feature_dim) to use, not training one"""
     synthetic_path: Optional[str] = None
-    """use the synthetic.npz of an earlier run with the same stage-1 agent, instead of training a diffusion model"""
+    """synthetic.npz, in the run folder that made it, to use instead of training a diffusion model; wants --agent-path,
+    the stage-1 agent that the run had"""
 
     # the diffusion model
     diffusion_steps: int = 100_000
@@ -109,7 +112,7 @@ class Args:
     sample_steps: Optional[int] = None
     """noise levels of the sampler (default 32; 128 for sde, the paper's)"""
     num_samples: int = 5_000_000
-    """latent transitions to generate, or to take from --synthetic-path (paper: 5,000,000, Section 4.3)"""
+    """latent transitions to generate, or to take at most from --synthetic-path (paper: 5,000,000, Section 4.3)"""
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
 
@@ -189,7 +192,7 @@ def find_files(args):
         raise edm.RunError(
             f"no 84px/*.hdf5 or 64px/*.npz in {folder}; V-D4RL's files come from https://github.com/conglu1997/v-d4rl "
             "(Google Drive) or the Hugging Face dataset conglu/vd4rl, and --dataset-path names the folder that holds "
-            "main/; tests/paper/vd4rl_data.py makes a small set of the same layout"
+            "main/; tests/paper/vd4rl_data.py makes small sets of the same layout, -random, -mixed and -expert"
         )
     return files
 
@@ -213,8 +216,9 @@ def read_file(path, frames):
         return others
     with h5py.File(path, "r") as f:
         f["observation"].read_direct(frames.numpy())
-        others = [f[key][:] for key in ("action", "reward", "discount", "step_type")]
-    return [*others[:3], others[3] == 0]
+        action, *others = (f[key][:] for key in ("action", "reward", "discount", "step_type"))
+    reward, discount, step_type = (x.reshape(len(action)) for x in others)
+    return action, reward, discount, step_type == 0
 
 
 # Differs from synther_td3bc.load_dataset: images
@@ -231,21 +235,21 @@ def load_dataset(args):
     Raises:
         RunError: no files, or files that are not V-D4RL's.
     """
-    files = find_files(args)
+    files, counts, read = find_files(args), [], []
     try:
-        counts = [count_rows(path) for path in files]
-        counts = counts[: np.searchsorted(np.cumsum(counts), args.max_frames) + 1]
-        frames, read = torch.empty(sum(counts), 3, 84, 84, dtype=torch.uint8), []
+        for path in files:
+            counts.append(count_rows(path))
+            if sum(counts) >= args.max_frames:
+                break
+        frames = torch.empty(sum(counts), 3, 84, 84, dtype=torch.uint8)
         for path, part in zip(tqdm(files[: len(counts)], "images", **edm.BAR), frames.split(counts)):
             read.append(read_file(path, part))
-            if any(len(x) != len(part) for x in read[-1]):
-                raise ValueError(f"{path.name} has arrays of different lengths")
-        names = ("action", "reward", "discount", "first")
-        data = {key: np.concatenate(parts) for key, parts in zip(names, zip(*read))}
-        for key in ("reward", "discount", "first"):
-            data[key] = data[key].reshape(len(frames))
+            if any(len(x) != len(part) for x in read[-1]) or read[-1][0].shape[1:] != read[0][0].shape[1:]:
+                raise ValueError("the lengths or the shapes of its arrays do not agree")
     except Exception as error:  # truncated, another layout, a missing key, ...
-        raise edm.RunError(f"cannot read the files in {files[0].parent}: {error}") from None
+        raise edm.RunError(f"cannot read {path}: {error}") from None
+    names = ("action", "reward", "discount", "first")
+    data = {key: np.concatenate(parts) for key, parts in zip(names, zip(*read))}
     for key in ("action", "reward", "discount"):
         if not np.isfinite(data[key]).all():
             raise edm.RunError(f"{key} of {args.env} holds NaN or Inf")
@@ -679,13 +683,19 @@ def check_synthetic(args):
     """Raise RunError unless the latents in --synthetic-path come from the stage-1 agent in --agent-path."""
     folder = Path(args.synthetic_path).parent
     try:
+        with np.load(args.synthetic_path) as f:
+            f["rewards"]
+    except Exception:  # truncated, not that format, ...
+        raise edm.RunError(f"{args.synthetic_path} is damaged, or not a synthetic.npz of this script") from None
+    try:
         made_by = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError):
         raise edm.RunError(f"{folder} lacks the args.json of the run that made {args.synthetic_path}") from None
     wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "discount", "feature_dim")}
     if different := [f"{name}={made_by.get(name)}" for name in wanted if made_by.get(name) != wanted[name]]:
         raise edm.RunError(f"{args.synthetic_path} was made with {', '.join(different)}")
-    if Path(made_by.get("agent_path") or folder).resolve().name != Path(args.agent_path).resolve().name:
+    agent_paths = folder / "agent.pt", Path(args.agent_path) / "agent.pt"
+    if not agent_paths[0].is_file() or not filecmp.cmp(*agent_paths, shallow=False):
         raise edm.RunError(f"{args.synthetic_path} holds latents of another stage-1 agent than {args.agent_path}")
 
 
@@ -695,6 +705,8 @@ def check_args(args):
     find_files(args)
     if args.algo == "bc" and args.latent != "both":
         raise edm.RunError("--latent is a choice between the features of actor and critic; --algo bc has no critic")
+    if args.synthetic_path and args.data == "real":
+        raise edm.RunError("--synthetic-path has no use with --data real")
     if args.synthetic_path and not args.agent_path:
         raise edm.RunError("--synthetic-path needs --agent-path, the run whose stage-1 agent the latents come from")
     if args.agent_path and not (Path(args.agent_path) / "agent.pt").is_file():
@@ -801,8 +813,8 @@ def make_synthetic(args, real, latent_dim, act_dim, run_dir, device, log, step):
         try:
             with np.load(path) as f:
                 rows = edm.pack(**f)[:, :-1]
-        except Exception as error:  # truncated, not that format, keys of another script, ...
-            raise edm.RunError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+        except Exception:  # truncated, not that format, keys of another script, ...
+            raise edm.RunError(f"{path} is damaged, or not a synthetic.npz of this script") from None
         if rows.shape[1] != real.shape[1]:
             raise edm.RunError(f"{path} has rows of {rows.shape[1]} numbers, and --latent wants {real.shape[1]}")
         return rows
@@ -917,13 +929,15 @@ def main(args):
     act_dim = data["action"].shape[1]
     if env and env.act_dim != act_dim:
         raise edm.RunError(f"the dataset has {act_dim} action dimensions, {task} has {env.act_dim}")
-    if args.agent_path:
+    if args.agent_path and not args.resume:
         load_agent(Path(args.agent_path) / "agent.pt", act_dim, args, "cpu")  # refuses one that does not fit
     run_dir, log = start_run(args, start_time)
     print(f"{len(data['frames']):,} images, {len(data['row']):,} transitions of {args.nstep} steps")
     data = {key: x.to(device) for key, x in data.items()}
-    checkpoint_path, latents_path = run_dir / "checkpoint.pt", run_dir / "latents.pt"
-    agent_path = Path(args.agent_path or run_dir) / "agent.pt"
+    checkpoint_path, latents_path, agent_path = (run_dir / f"{x}.pt" for x in ("checkpoint", "latents", "agent"))
+    if args.agent_path and not agent_path.exists():
+        with open(Path(args.agent_path) / "agent.pt", "rb") as source:
+            edm.save_atomically(agent_path, lambda f: shutil.copyfileobj(source, f))
     score_id, evaluations = f"dmc/{task}", []
 
     def train(stage, agent, updates, draw_and_update, make_policy, offset):
@@ -1023,7 +1037,7 @@ def main(args):
         evaluations, offset, start_time = saved["evaluations"], args.stage1_updates, time.time() - saved["seconds"]
 
     # --- Latent transitions ---
-    if not latents_path.exists():  # kept until the end, so that a resumed run has them to the last bit
+    if not latents_path.exists():  # kept, so that a resumed run has them to the last bit
         rows = extract_latents(agent, data, args.diffusion_seed)
         edm.save_atomically(latents_path, lambda f: torch.save(rows, f))
     real = edm.load_file(latents_path)
@@ -1048,7 +1062,6 @@ def main(args):
         return lambda images: new.heads.policy(new.features(frozen.latents(images))[0])
 
     train("stage2", heads, args.stage2_updates, update_from_latents, policy_from_latents, offset)
-    latents_path.unlink(missing_ok=True)
 
     # --- Results ---
     if evaluations:

@@ -113,13 +113,13 @@ def test_loading_stops_after_the_file_that_suffices(tmp_path):
 BAD_FILES = {
     "absent": "V-D4RL's files come from",
     "level": "unknown dataset walker-walk-best",
-    "truncated": "cannot read the files",
-    "missing key": "cannot read the files.*discount",
-    "shape": "cannot read the files",
-    "observation": "cannot read the files",
-    "step_type": "part_00.hdf5 has arrays of different lengths",
-    "action": "part_00.hdf5 has arrays of different lengths",
-    "width": "cannot read the files",
+    "truncated": "cannot read .*part_00.hdf5",
+    "missing key": "cannot read .*part_00.hdf5.*discount",
+    "shape": "cannot read .*part_00.hdf5",
+    "observation": "cannot read .*part_00.hdf5",
+    "step_type": "cannot read .*part_00.hdf5",
+    "action": "cannot read .*part_00.hdf5",
+    "width": "cannot read .*part_0[01].hdf5: the lengths or the shapes",
     "NaN": "reward of walker-walk-expert holds NaN",
     "short": "longer than 3 steps",
 }
@@ -501,7 +501,8 @@ def first_run(tmp_path_factory, vd4rl):
 def test_run_folder(first_run):
     assert first_run.name.startswith("walker-walk-expert__synther_vd4rl-drqbc-synther__0__")
     assert {path.name for path in first_run.iterdir()} == {
-        "args.json", "metrics.csv", "checkpoint.pt", "agent.pt", "diffusion.pt", "synthetic.npz", "marginals.png",
+        "args.json", "metrics.csv", "checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt", "synthetic.npz",
+        "marginals.png",
     }  # fmt: skip
     metrics = read_metrics(first_run)
     keys = {key for _, key in metrics}
@@ -522,7 +523,8 @@ def test_stage_2_changes_new_heads_only(first_run, tmp_path, vd4rl, monkeypatch)
     assert not torch.equal(heads["heads.policy.0.weight"], agent["heads.policy.0.weight"])
     options = dict(agent_path=str(first_run), synthetic_path=str(first_run / "synthetic.npz"))
     again = run(tmp_path, vd4rl, **options)
-    assert not (again / "agent.pt").exists() and not (again / "diffusion.pt").exists()
+    assert (again / "agent.pt").read_bytes() == (first_run / "agent.pt").read_bytes()
+    assert not (again / "diffusion.pt").exists()
     other = load(again / "checkpoint.pt")["agent"]
     assert_same_state(other, heads)
     ((used, _),) = loaded[-1:]
@@ -558,10 +560,21 @@ def test_agent_of_another_kind_is_refused(first_run, tmp_path, vd4rl):
         run(tmp_path, vd4rl, latent="actor", synthetic_path=str(first_run / "synthetic.npz"), **options)
     another = tmp_path / "another"
     shutil.copytree(first_run, another)
+    saved = load(another / "agent.pt")
+    saved["agent"]["actor_trunk.0.bias"][0] += 1e-3
+    torch.save(saved, another / "agent.pt")
     with pytest.raises(RunError, match="latents of another stage-1 agent"):
         run(tmp_path, vd4rl, synthetic_path=str(first_run / "synthetic.npz"), agent_path=str(another))
+    (another / "synthetic.npz").write_bytes((first_run / "synthetic.npz").read_bytes()[:-1000])
+    with pytest.raises(RunError, match="synthetic.npz is damaged"):
+        run(tmp_path, vd4rl, synthetic_path=str(another / "synthetic.npz"), agent_path=str(another))
+    with pytest.raises(RunError, match="no use with --data real"):
+        run(tmp_path, vd4rl, synthetic_path=str(first_run / "synthetic.npz"), data="real", **options)
     shutil.copy(first_run / "checkpoint.pt", another / "agent.pt")
     with pytest.raises(RunError, match="is an agent of env=None"):
+        run(tmp_path, vd4rl, agent_path=str(another))
+    (another / "agent.pt").write_bytes((first_run / "agent.pt").read_bytes()[:-1000])
+    with pytest.raises(RunError, match="agent.pt is damaged"):
         run(tmp_path, vd4rl, agent_path=str(another))
     assert {path.name for path in tmp_path.iterdir()} == {"data", "another"}
 
@@ -572,7 +585,10 @@ class NoiseEnv:
     played = []
 
     def __init__(self, task_name):
-        self.act_dim = 6
+        self.act_dim, self.env = 6, self
+
+    def observation_spec(self):
+        return {}
 
     def observe(self):
         self.images = self.rng.integers(0, 256, (9, 84, 84), dtype=np.uint8)
@@ -630,8 +646,21 @@ def test_made_dataset_can_be_loaded(tmp_path, monkeypatch):
         np.testing.assert_allclose(action, played, rtol=1e-6)
         assert reward == expected
     assert set(data["discount"].tolist()) == {np.float32(0.99)}
-    with pytest.raises(RunError, match="need --run"):
-        vd4rl_data.main(vd4rl_data.Args(env="walker-walk-mixed", out=str(tmp_path)))
+    vd4rl_data.main(vd4rl_data.Args(env="walker-walk-random", episodes=1, seed=1, out=str(tmp_path)))
+    frames = load_dataset(args_for(tmp_path, env="walker-walk-random"))["frames"]
+    assert len(frames) == 12 and not any(torch.equal(frames[8], frames[k]) for k in (0, 4))
+    files = sorted(tmp_path.rglob("*"))
+    for message, options in {
+        "needs --run": dict(env="walker-walk-mixed"),
+        "must be walker-walk or": dict(env="walker-run-random"),
+        "then -random, -mixed or -expert, not walkerwalk": dict(env="walkerwalk"),
+        "episodes must be at least 1": dict(env="walker-walk-random", episodes=0),
+        "of seed 1 already": dict(env="walker-walk-random", seed=1),
+        "cannot read nothing": dict(env="walker-walk-expert", run="nothing"),
+    }.items():
+        with pytest.raises(RunError, match=message):
+            vd4rl_data.main(vd4rl_data.Args(**options, out=str(tmp_path)))
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_behaviour_cloning_runs(tmp_path, vd4rl):

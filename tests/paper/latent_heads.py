@@ -61,11 +61,19 @@ def action_error(heads, rows):
     return error.item(), policy_actions.abs().mean().item()
 
 
+def read_results(path):
+    """The results so far, a list of dicts."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise edm.RunError(f"{path} has a line that is no JSON; take it out") from None
+
+
 def print_table(path):
     """Mean and standard deviation over the seeds of each run and source."""
     groups = {}
-    for line in Path(path).read_text().splitlines():
-        result = json.loads(line)
+    for result in read_results(path):
         groups.setdefault((result["run"], result["source"]), []).append(result)
     print("| run | heads on | score | error | held-out error | size |\n|---|---|---|---|---|---|")
     for (run, source), results in groups.items():
@@ -83,20 +91,24 @@ def main(args):
         raise edm.RunError(
             "--run wants the folder of a finished run of synther_vd4rl.py that trained a diffusion model"
         )
-    run = synther_vd4rl.Args(**json.loads((run_dir / "args.json").read_text()) | {"resume": None})
+    try:
+        run = synther_vd4rl.Args(**json.loads((run_dir / "args.json").read_text()) | {"resume": None})
+    except (OSError, ValueError, TypeError):
+        raise edm.RunError(f"{run_dir} is no run folder of synther_vd4rl.py") from None
+    if args.episodes < 1 or min(args.seeds, default=0) < 0:
+        raise edm.RunError("--episodes must be at least 1, and --seeds at least 0")
+    done = {(x["run"], x["source"], x["seed"]) for x in read_results(args.out)}
     synther_vd4rl.choose_renderer()
     synther_vd4rl.keep_freed_memory()
     env = synther_vd4rl.PixelEnv(run.env.rsplit("-", 1)[0])
     data = synther_vd4rl.load_dataset(run)
     act_dim = data["action"].shape[1]
-    agent, _ = synther_vd4rl.load_agent(Path(run.agent_path or run_dir) / "agent.pt", act_dim, run, "cpu")
-    real = synther_vd4rl.extract_latents(agent, data, run.diffusion_seed)
+    agent, _ = synther_vd4rl.load_agent(run_dir / "agent.pt", act_dim, run, "cpu")
+    real = edm.load_file(run_dir / "latents.pt")
     _, episode = data["start"].unique(return_inverse=True)
     held_out = episode % 10 == min(9, episode.max())
     with np.load(run_dir / "synthetic.npz") as f:
         rows = {"real": real, "generated": edm.pack(**f)[:, :-1], "held-out": real[~held_out]}
-    done = Path(args.out).read_text().splitlines() if Path(args.out).exists() else []
-    done = {(x["run"], x["source"], x["seed"]) for x in map(json.loads, done)}
 
     for seed in args.seeds:
         for source in args.sources:

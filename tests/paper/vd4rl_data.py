@@ -5,9 +5,9 @@
     python synther_vd4rl.py --env walker-walk-mixed --dataset-path vd4rl_data
 
 About 30 images a second on a CPU, whatever their size: 40 episodes of 501 images take 11 minutes. An episode of level
-`expert` is the agent's, one of `random` has random actions, and in one of `mixed` each action is random with a
-probability that is drawn once for the episode. As in V-D4RL every action is held for two steps of the simulator; the
-agent learned to choose one for each, so it plays a little worse than in its own run.
+`expert` is the agent's, one of `random` has random actions and needs no agent, and in one of `mixed` each action is
+random with a probability that is drawn once for the episode. As in V-D4RL every action is held for two steps of the
+simulator; the agent learned to choose one for each, so it plays a little worse than in its own run.
 """
 
 import sys
@@ -30,43 +30,55 @@ import synther_vd4rl
 @dataclass
 class Args:
     env: str = "walker-walk-mixed"
-    """task and level (random, mixed or expert)"""
+    """walker-walk or cheetah-run, then -random, -mixed or -expert"""
     run: Optional[str] = None
     """run folder of synther_sac_online.py with the agent that acts; random needs none"""
     episodes: int = 40
     """episodes of 501 images"""
     out: str = "vd4rl_data"
-    """folder to write to"""
+    """folder to write to; episodes that it has already are not touched, and another --seed adds to them"""
     seed: int = 0
-    """seed of the task and the actions"""
+    """seed of the tasks and the actions"""
 
 
 def load_actor(run, env):
-    """The actor of a run of synther_sac_online.py: a function observation -> a sampled action."""
+    """The actor of a run of synther_sac_online.py. Raises RunError if there is none for this task."""
     obs_dim = sum(int(np.prod(spec.shape)) for spec in env.env.observation_spec().values())
-    state = edm.load_file(Path(run) / "checkpoint.pt", "cpu")["agent"]["actor"]
+    try:
+        state = edm.load_file(Path(run) / "checkpoint.pt", "cpu")["agent"]["actor"]
+    except KeyError:
+        raise edm.RunError(f"{run} is no run folder of synther_sac_online.py") from None
     hidden_dim, layers = state["mean.weight"].shape[1], len([name for name in state if name.startswith("net")]) // 2
     actor = synther_sac_online.TanhGaussianActor(obs_dim, env.act_dim, hidden_dim, layers)
-    actor.load_state_dict(state)
+    try:
+        actor.load_state_dict(state)
+    except RuntimeError:  # other sizes
+        raise edm.RunError(f"the agent in {run} has learned another task") from None
     return actor
 
 
 @torch.no_grad()
 def main(args):
-    task, level = args.env.rsplit("-", 1)
-    if level not in ("random", "mixed", "expert") or (level != "random" and not args.run):
-        raise edm.RunError("--env must end in -random, -mixed or -expert, and the last two need --run")
+    task, _, level = args.env.rpartition("-")
+    if task not in ("walker-walk", "cheetah-run") or level not in ("random", "mixed", "expert"):
+        raise edm.RunError(f"--env must be walker-walk or cheetah-run, then -random, -mixed or -expert, not {args.env}")
+    if level != "random" and not args.run:
+        raise edm.RunError(f"{args.env} needs --run, an agent that acts")
+    if args.episodes < 1 or args.seed < 0:
+        raise edm.RunError("--episodes must be at least 1, and --seed at least 0")
+    folder = Path(args.out) / "main" / task.replace("-", "_") / synther_vd4rl.LEVELS[level] / "84px"
+    if any(folder.glob(f"episode_{args.seed}_*")):
+        raise edm.RunError(f"{folder} has episodes of seed {args.seed} already; give another --seed to add to them")
     synther_vd4rl.choose_renderer()
     env = synther_vd4rl.PixelEnv(task)
-    folder = Path(args.out) / "main" / task.replace("-", "_") / synther_vd4rl.LEVELS[level] / "84px"
+    actor = load_actor(args.run, env) if level != "random" else None
     folder.mkdir(parents=True, exist_ok=True)
-    actor = load_actor(args.run, env) if args.run else None
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     returns = []
     for episode in trange(args.episodes, desc=args.env):
         share = {"random": 1.0, "expert": 0.0, "mixed": rng.uniform()}[level]  # of random actions
-        images, ended = env.reset(args.seed + episode), False
+        images, ended = env.reset(10_000 * args.seed + episode), False
         rows = [(images[-3:], np.zeros(env.act_dim), 0.0, 1.0, 0)]
         while not ended:
             if rng.uniform() < share:

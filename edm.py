@@ -96,11 +96,14 @@ class Denoiser(nn.Module):
         time_dim: size of the noise-level embedding (128 in the offline experiments, 256 online).
         rff_dim: random Fourier features, half sines and half cosines (Table 8: 16).
         residual: False gives the plain MLP of Table 10.
+        activation: "relu" (Equation 3), or "gelu", smooth, which learns faster.
     """
 
-    def __init__(self, dim, width=1024, depth=6, cond_dim=0, time_dim=128, rff_dim=16, residual=True):
+    def __init__(
+        self, dim, width=1024, depth=6, cond_dim=0, time_dim=128, rff_dim=16, residual=True, activation="relu"
+    ):
         super().__init__()
-        self.residual = residual
+        self.residual, self.activation = residual, getattr(F, activation)
         self.register_buffer("frequencies", torch.randn(rff_dim // 2))  # drawn once, never trained
         self.row_in = nn.Linear(dim + cond_dim, time_dim)
         self.time_mlp = nn.Sequential(nn.Linear(rff_dim + 1, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
@@ -119,10 +122,10 @@ class Denoiser(nn.Module):
         h = self.hidden_in(h + embedding)
         for block in self.blocks:
             if self.residual:
-                h += block(F.relu(h))  # Equation 3; in place, because fresh memory is slow
+                h = block(self.activation(h)).add_(h)  # Equation 3; in place, because fresh memory is slow
             else:
-                h = block(F.relu(h))
-        return self.out(F.relu(h))
+                h = block(self.activation(h))
+        return self.out(self.activation(h))
 
 
 # --- Rank normaliser --------------------------------------------------------------------------------------------------
@@ -162,11 +165,13 @@ class EDM(nn.Module):
     """D_theta: the denoiser with Karras' preconditioning (their Table 1), its loss, and the normaliser of the rows.
 
     `forward` and `loss` work on normalised rows; `normalize` and `unnormalize` go back and forth. sigma_data is 1
-    (EDM's default is 0.5) because the rows are standardised. The normaliser is "standard", the paper's, or "rank". The
-    other arguments are the Denoiser's.
+    (EDM's default is 0.5) because the rows are standardised. The normaliser is "standard", the paper's, or "rank".
+    `guided` adds `early`, a denoiser as it was early in the training, that `denoise` leads away from. The other
+    arguments are the Denoiser's.
     """
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras Table 1
+    GUIDANCE, GUIDED_BELOW = 2.0, 0.3  # weight of the guidance, and the noise level where it begins
 
     def __init__(
         self,
@@ -179,14 +184,17 @@ class EDM(nn.Module):
         residual=True,
         sigma_data=1.0,
         normalizer="standard",
+        activation="relu",
+        guided=False,
     ):
         super().__init__()
         self.config = dict(
             dim=dim, width=width, depth=depth, cond_dim=cond_dim, time_dim=time_dim, rff_dim=rff_dim,
-            residual=residual, sigma_data=sigma_data, normalizer=normalizer,
+            residual=residual, sigma_data=sigma_data, normalizer=normalizer, activation=activation, guided=guided,
         )  # fmt: skip
         self.dim, self.sigma_data = dim, sigma_data
-        self.denoiser = Denoiser(dim, width, depth, cond_dim, time_dim, rff_dim, residual)
+        self.denoiser = Denoiser(dim, width, depth, cond_dim, time_dim, rff_dim, residual, activation)
+        self.early = copy.deepcopy(self.denoiser) if guided else None
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
         if normalizer == "rank":
@@ -231,15 +239,28 @@ class EDM(nn.Module):
                 rows[:, i] = from_normal_scores(x[:, i], self.quantiles[i])
         return rows
 
-    def forward(self, x, sigma, cond=None):
+    def forward(self, x, sigma, cond=None, denoiser=None):
         """The denoised estimate of x. Args: x [batch, dim] with noise of level sigma (a scalar or [batch])."""
+        denoiser = self.denoiser if denoiser is None else denoiser
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
         c_noise = sigma.clamp(min=1e-20).log().flatten() / 4
-        return c_skip * x + c_out * self.denoiser(c_in * x, c_noise, cond)
+        return c_skip * x + c_out * denoiser(c_in * x, c_noise, cond)
+
+    def denoise(self, x, sigma, cond=None):
+        """What samplers call: `forward` for one noise level, with guidance if the model has any.
+
+        Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself"), within a limited
+        range of noise (Kynkaanniemi et al. 2024): the estimate is moved on in the direction in which it has changed
+        since early in the training. What training has begun to correct, s' above all, comes out better corrected.
+        """
+        denoised = self(x, sigma, cond)
+        if self.early is None or sigma > self.GUIDED_BELOW:
+            return denoised
+        return torch.lerp(self(x, sigma, cond, self.early), denoised, self.GUIDANCE)
 
     def loss(self, x, cond=None):
         """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8).
@@ -421,6 +442,7 @@ def load_file(path, device="cpu"):
 
 
 # How to train: Table 8, and what tests/paper/recipes.py found to be better in little time.
+PAPER_STEPS = 100_000
 RECIPES = {
     "paper": dict(lr=3e-4, width=1024, depth=6),
     "fast": dict(lr=2e-3, width=384, depth=4),
@@ -428,11 +450,16 @@ RECIPES = {
 }
 
 
+def default_recipe(steps):
+    """The recipe for so many training steps: the paper's from its own number on."""
+    return "paper" if steps >= PAPER_STEPS else "fast"
+
+
 def train_edm(
     data,
     *,
-    steps=100_000,
-    recipe="paper",
+    steps=PAPER_STEPS,
+    recipe=None,
     batch_size=256,
     lr=None,
     width=None,
@@ -460,9 +487,10 @@ def train_edm(
     Args:
         data: [num_rows, dim] float32, in raw units.
         steps: optimiser steps.
-        recipe: "paper"; "fast", for fewer than the paper's 100,000 steps: a smaller denoiser, a higher learning rate,
-            and an EMA over the same share of the steps (1 - 500 / steps, not 0.995); or "ranks", the same with the rank
-            normaliser.
+        recipe: "paper"; "fast", for fewer than the paper's 100,000 steps: a smaller denoiser with GELU, a higher
+            learning rate, an EMA over the same share of the steps (1 - 500 / steps, not 0.995), and samples guided away
+            from that average as it was after 10% of the steps (`EDM.denoise`); or "ranks", the same with the rank
+            normaliser. None takes "paper" from 100,000 steps on, "fast" for less.
         batch_size, lr: rows per step, initial learning rate (None takes the recipe's).
         width, depth, residual, time_dim: the Denoiser's (None takes the recipe's).
         skip: columns that are not standardised: flags.
@@ -480,22 +508,25 @@ def train_edm(
         RunError: the data are not finite, or the loss is not.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe = recipe or default_recipe(steps)
     values = {"lr": lr, "width": width, "depth": depth}
     lr, width, depth = (RECIPES[recipe][key] if value is None else value for key, value in values.items())
-    ema_beta = 0.995 if recipe == "paper" else max(1 - 500 / max(steps, 1), 0.0)
+    is_paper = recipe == "paper"
+    ema_beta = 0.995 if is_paper else max(1 - 500 / max(steps, 1), 0.0)
     if not all(part.isfinite().all() for part in data.split(100_000)):
         raise RunError("the training rows of the diffusion model hold NaN or Inf")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         cond_dim = 0 if cond is None else cond.shape[1]
-        normalizer = "rank" if recipe == "ranks" else "standard"
-        model = EDM(data.shape[1], width, depth, cond_dim, time_dim, residual=residual, normalizer=normalizer)
+        choices = dict(activation="relu" if is_paper else "gelu", guided=not is_paper)
+        choices["normalizer"] = "rank" if recipe == "ranks" else "standard"
+        model = EDM(data.shape[1], width, depth, cond_dim, time_dim, residual=residual, **choices)
         if init is not None:
             model.denoiser.load_state_dict(init.denoiser.state_dict())
         model.fit_normalizer(data, skip)
         model = model.to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
-        params = list(model.parameters())
+        params, ema_params = list(model.denoiser.parameters()), list(ema.denoiser.parameters())
         current_lr = torch.tensor(lr, device=device) if device.type == "cuda" else lr
         optimizer = torch.optim.Adam(
             params, current_lr, betas=(0.9, 0.99), fused=True, capturable=device.type == "cuda"
@@ -506,7 +537,6 @@ def train_edm(
         settings["patience"] = patience
         if checkpoint_path and os.path.exists(checkpoint_path):
             saved = load_file(checkpoint_path, device)
-            saved["settings"].setdefault("normalizer", "standard")  # the only one there was
             if different := [k for k in settings if settings[k] != saved["settings"].get(k)]:
                 raise RunError(
                     f"{checkpoint_path} is of a run with another {', '.join(different)}; delete it to start over"
@@ -555,7 +585,9 @@ def train_edm(
                 optimizer.param_groups[0]["lr"] = cosine_lr(lr, i, steps)
             step()
             if i % 10 == 0:
-                torch._foreach_lerp_(list(ema.parameters()), params, 1 - ema_decay(i, ema_beta))
+                torch._foreach_lerp_(ema_params, params, 1 - ema_decay(i, ema_beta))
+            if i == steps // 10 and not is_paper:
+                ema.early.load_state_dict(ema.denoiser.state_dict())
             done = i + 1
             if patience and done % 1000 == 0:
                 held_out_loss = held_out_error(ema, x_held_out, cond_held_out)
@@ -686,7 +718,7 @@ def generate(
         )  # a stream of its own per batch
         x = sigmas[0].item() * torch.randn(size, edm.dim, generator=generator, device=device)
         options = {"eta": 1.0} if sampler == "dpmpp-sde" else {}
-        x = sample(lambda x, sigma: edm(x, sigma, batch_cond), x, sigmas, generator=generator, **options)
+        x = sample(lambda x, sigma: edm.denoise(x, sigma, batch_cond), x, sigmas, generator=generator, **options)
         rows[start : start + size] = edm.unnormalize(x)
         if partial_path:
             rows[start : start + size].numpy().tofile(partial)
@@ -1015,9 +1047,9 @@ class Args:
     d from (s, a, r, s'), better where terminals are rare; it wants --true-next-obs"""
     diffusion_steps: int = 100_000
     """training steps (paper: 100,000, Table 8)"""
-    diffusion_recipe: Literal["paper", "fast", "ranks"] = "paper"
-    """how to train: as the paper; fast, for little time: a smaller denoiser, a higher learning rate, an average over
-    fewer steps; ranks: the same with columns bent into normal distributions, for better histograms"""
+    diffusion_recipe: Optional[Literal["paper", "fast", "ranks"]] = None
+    """how to train: as the paper (the default from 100,000 steps on); fast (the default for less): a smaller, smoother
+    denoiser, a higher learning rate, guided samples; ranks: fast with columns bent into normal distributions"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024; fast: 384)"""
     diffusion_depth: Optional[int] = None
@@ -1060,11 +1092,12 @@ def main(args):
     data = load_transitions(args.data, args.true_next_obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
     real = pack(**data)
-    is_large = args.diffusion_recipe == "paper" and len(real) >= 800_000
+    recipe = args.diffusion_recipe or default_recipe(args.diffusion_steps)
+    is_large = recipe == "paper" and len(real) >= 800_000
     model = train_edm(
         real,
         steps=args.diffusion_steps,
-        recipe=args.diffusion_recipe,
+        recipe=recipe,
         batch_size=args.diffusion_batch_size or (1024 if is_large else 256),
         lr=args.diffusion_lr,
         width=args.diffusion_width,

@@ -98,19 +98,18 @@ class Args:
 
     # the diffusion model; None takes the value for this dataset, see DEFAULTS
     diffusion_steps: Optional[int] = None
-    """training steps of the diffusion model (paper: 100,000, Table 8; quickstart: 10,000)"""
-    diffusion_recipe: Literal["paper", "fast", "ranks"] = "paper"
-    """how to train: as the paper; fast, for little time: a smaller denoiser, a higher learning rate, an average over
-    fewer steps; ranks: the same with columns bent into normal distributions, for better histograms"""
+    """training steps of the diffusion model (paper: 100,000, Table 8; quickstart: 20,000)"""
+    diffusion_recipe: Optional[Literal["paper", "fast", "ranks"]] = None
+    """how to train: as the paper (the default from 100,000 steps on); fast (the default for less): a smaller, smoother
+    denoiser, a higher learning rate, guided samples; ranks: fast with columns bent into normal distributions"""
     diffusion_width: Optional[int] = None
-    """units per block of the denoiser (paper: 1024, and 2048 for three datasets, Appendix B.2; fast: 384;
-    quickstart: 512)"""
+    """units per block of the denoiser (paper: 1024, and 2048 for three datasets, Appendix B.2; fast: 384)"""
     diffusion_depth: Optional[int] = None
     """residual blocks of the denoiser (paper: 6, Table 8; fast: 4)"""
     diffusion_batch_size: Optional[int] = None
     """rows per training step (paper: 256, and 1024 from 800,000 rows on; fast: 256)"""
     diffusion_lr: Optional[float] = None
-    """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; fast: 2e-3; quickstart: 1e-3)"""
+    """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; fast: 2e-3)"""
     diffusion_seed: int = 0
     """seed of the subsample, the diffusion model and its samples, shared by agents of every --seed"""
     sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp"
@@ -167,7 +166,7 @@ DEFAULTS = {
     r"maze2d|antmaze": dict(eval_episodes=100),
     r"antmaze": dict(normalize_reward=True),
     r"quickstart": dict(
-        diffusion_steps=10_000, diffusion_width=512, diffusion_lr=1e-3, num_samples=200_000, updates=40_000,
+        diffusion_steps=20_000, num_samples=200_000, updates=40_000,
         eval_every=5_000, checkpoint_every=1_000,
     ),
 }  # fmt: skip
@@ -179,10 +178,12 @@ def resolve(args, num_rows):
     for pattern, row in DEFAULTS.items():
         if re.match(pattern, args.env):
             values |= row
-    is_paper = args.diffusion_recipe == "paper"
-    sizes = {f"diffusion_{name}": value for name, value in edm.RECIPES[args.diffusion_recipe].items()}
+    recipe = args.diffusion_recipe or edm.default_recipe(args.diffusion_steps or values["diffusion_steps"])
+    is_paper = recipe == "paper"
+    sizes = {f"diffusion_{name}": value for name, value in edm.RECIPES[recipe].items()}
     values = sizes | values if is_paper else values | sizes  # some datasets have sizes of their own
     is_large = is_paper and num_rows >= 800_000  # the official code's rule; the paper says 1M
+    values["diffusion_recipe"] = recipe
     values["diffusion_batch_size"] = 1024 if is_large else 256
     if args.data == "mixed":
         values["num_samples"] = num_rows

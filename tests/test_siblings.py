@@ -94,6 +94,22 @@ def test_recipe_sets_the_sizes(recipe):
             assert args.diffusion_width == 8 and args.diffusion_depth == fast["diffusion_depth"]
 
 
+def test_steps_choose_the_recipe():
+    """The paper's from the paper's number of steps on, as where the dataset says so; fast for less."""
+    for script in SCRIPTS:
+        num_rows = [1_000_000] if script in OFFLINE else []
+        for steps, recipe in ((100_000, "paper"), (99_999, "fast")):
+            args = script.resolve(script.Args(env="Hopper-v4", diffusion_steps=steps), *num_rows)
+            sizes = {key: getattr(args, f"diffusion_{key}") for key in edm.RECIPES[recipe]}
+            assert args.diffusion_recipe == recipe and sizes == edm.RECIPES[recipe]
+        args = script.resolve(script.Args(env="Hopper-v4", diffusion_steps=50, diffusion_recipe="paper"), *num_rows)
+        assert (args.diffusion_width, args.diffusion_depth) == (1024, 6)
+        assert script.resolve(script.Args(env="Hopper-v4"), *num_rows).diffusion_recipe == "paper"
+    for script in (*OFFLINE, synther_sac_online):  # the small runs that need no arguments
+        args = script.resolve(script.Args(), *([40_000] if script in OFFLINE else []))
+        assert args.diffusion_recipe == "fast" and args.diffusion_width == edm.RECIPES["fast"]["width"]
+
+
 def test_offline_scripts_share_arguments():
     """Outside the agent, the three offline scripts have the same arguments in the same order, and the same sections."""
     agents = {
@@ -195,7 +211,7 @@ def test_agent_learns_from_synthetic_data(tmp_path, script):
     options |= {
         synther_td3bc: dict(alpha=100.0),
         synther_iql: dict(beta=30.0),
-        synther_edac: dict(eta=0.1, num_critics=2, updates=3_000, eval_every=3_000),
+        synther_edac: dict(eta=0.1, num_critics=4, updates=4_000, eval_every=4_000),
     }[script]
     folder = run(script, tmp_path / "runs", **options)
     trained = np.load(folder / "final_returns.npz")["returns"][-1].mean()
@@ -244,6 +260,8 @@ def test_what_the_agent_gets(tmp_path, monkeypatch, script, data):
         synthetic_path=write_npz(tmp_path / "synthetic.npz", synthetic), eval_episodes=1, device="cpu",
         normalize_reward=True,
     )  # fmt: skip
+    if data == "real":
+        del options["synthetic_path"]
     agents = []
     init = agent_class.__init__
     monkeypatch.setattr(agent_class, "__init__", lambda self, *a: agents.append(self) or init(self, *a))

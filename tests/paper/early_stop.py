@@ -57,7 +57,7 @@ def main(args):
             """Train, print a line of the table, and return the step at which training stopped."""
             start, last = time.time(), {}
             model = edm.train_edm(
-                real, steps=steps, width=args.diffusion_width, lr=args.diffusion_lr, time_dim=256,
+                real, steps=steps, recipe="paper", width=args.diffusion_width, lr=args.diffusion_lr, time_dim=256,
                 skip=[real.shape[1] - 1], patience=patience, on_log=lambda step, values: last.update(values, step=step),
             )  # fmt: skip
             seconds = time.time() - start

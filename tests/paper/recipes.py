@@ -28,8 +28,10 @@ from dynamics import dynamics_scores
 BASE = dict(
     optimizer="adam", lr=1e-3, warmup=0.0, batch_size=256, width=256, depth=6, betas=(0.9, 0.99), ema=0.995, clip=1.0,
     p_mean=-1.2, p_std=1.2, noise="independent", normalizer="standard", terminal=(0.5, 0.25), sample_steps=32,
-    schedule="cosine", clamp=False,
+    schedule="cosine", clamp=False, activation="relu", early=0.0, guidance=2.0, guided_below=0.3,
 )  # fmt: skip
+SMALL = dict(ema="scaled", lr=2e-3, depth=4, width=384, terminal=(0.0, 1.0))
+GELU = dict(SMALL, activation="gelu")
 VARIATIONS = {
     "base": {},
     "paper's lr": dict(lr=3e-4),
@@ -69,7 +71,22 @@ VARIATIONS = {
     "ranks, width 512": dict(normalizer="rank", ema="scaled", lr=2e-3, depth=4, width=512),
     "ranks, width 512, lr 1e-3": dict(normalizer="rank", ema="scaled", lr=1e-3, depth=4, width=512),
     "ranks, 6 x 512, lr 1e-3": dict(normalizer="rank", ema="scaled", lr=1e-3, width=512),
-    "fast": dict(ema="scaled", lr=2e-3, depth=4, width=384, terminal=(0.0, 1.0)),
+    "4 x 384": SMALL,
+    "GELU": GELU,
+    "SiLU": dict(SMALL, activation="silu"),
+    "guided": dict(SMALL, early=0.1),
+    "fast": dict(GELU, early=0.1),
+    "fast, early at 5%": dict(GELU, early=0.05),
+    "fast, early at 25%": dict(GELU, early=0.25),
+    "fast, guidance 1.5": dict(GELU, early=0.1, guidance=1.5),
+    "fast, guidance 1.5 below 1": dict(GELU, early=0.1, guidance=1.5, guided_below=1.0),
+    "fast, guidance 1.5 everywhere": dict(GELU, early=0.1, guidance=1.5, guided_below=100.0),
+    "fast, guidance 2 everywhere": dict(GELU, early=0.1, guided_below=100.0),
+    "fast, ranks": dict(GELU, early=0.1, normalizer="rank"),
+    "fast, batch 512": dict(GELU, early=0.1, batch_size=512),
+    "fast, 4 x 512, lr 1e-3": dict(GELU, early=0.1, width=512, lr=1e-3),
+    "fast, 4 x 256": dict(GELU, early=0.1, width=256),
+    "paper, GELU, guided": dict(lr=3e-4, width=1024, terminal=(0.0, 1.0), activation="gelu", early=0.1),
     "6 x 512": dict(width=512, terminal=(0.0, 1.0)),
     "6 x 512, EMA by steps": dict(width=512, ema="scaled", terminal=(0.0, 1.0)),
     "paper": dict(lr=3e-4, width=1024, terminal=(0.0, 1.0)),
@@ -154,8 +171,10 @@ def start_training(rows, recipe, seed, steps):
     """A model, and a function that makes one step at a given learning-rate factor."""
     torch.manual_seed(seed)
     kind = "rank" if recipe["normalizer"] == "rank" else "standard"
-    model = edm.EDM(rows.shape[1], recipe["width"], recipe["depth"], normalizer=kind)
+    choices = dict(normalizer=kind, activation=recipe["activation"], guided=recipe["early"] > 0)
+    model = edm.EDM(rows.shape[1], recipe["width"], recipe["depth"], **choices)
     model.P_MEAN, model.P_STD = recipe["p_mean"], recipe["p_std"]
+    model.GUIDANCE, model.GUIDED_BELOW = recipe["guidance"], recipe["guided_below"]
     whitener = None
     if recipe["normalizer"] == "whiten":
         whitener = Whitener(rows, recipe["floor"], recipe["terminal"])
@@ -165,7 +184,7 @@ def start_training(rows, recipe, seed, steps):
         model.mean[-1], model.std[-1] = recipe["terminal"]
         x = model.normalize(rows)
     ema = copy.deepcopy(model).requires_grad_(False)
-    params = list(model.parameters())
+    params, ema_params = list(model.denoiser.parameters()), list(ema.denoiser.parameters())
     if recipe["optimizer"] == "muon":
         hidden = [block.weight for block in model.denoiser.blocks]
         others = [p for p in params if all(p is not h for h in hidden)]
@@ -189,7 +208,9 @@ def start_training(rows, recipe, seed, steps):
         for optimizer in optimizers:
             optimizer.step()
         if i % 10 == 0:
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - edm.ema_decay(i, ema_beta))
+            torch._foreach_lerp_(ema_params, params, 1 - edm.ema_decay(i, ema_beta))
+        if recipe["early"] and i == round(recipe["early"] * steps):
+            ema.early.load_state_dict(ema.denoiser.state_dict())
 
     return ema, whitener, step
 

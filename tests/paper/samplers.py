@@ -43,7 +43,7 @@ def generate_with(model, sample, num_samples, seed, batch_size=2_000):
         def denoise(x, sigma):
             nonlocal calls
             calls += 1
-            return model(x, sigma)
+            return model.denoise(x, sigma)
 
         with torch.no_grad():
             rows.append(model.unnormalize(sample(denoise, x, generator)))

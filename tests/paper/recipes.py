@@ -16,7 +16,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -124,6 +127,8 @@ class Args:
     """i and n: do every n-th run, from the i-th on"""
     table: bool = False
     """print the results so far as a table instead"""
+    plot: Optional[str] = None
+    """draw the results so far of the variations in --only over the seconds instead, into this PNG"""
 
 
 # --- Normaliser -------------------------------------------------------------------------------------------------------
@@ -274,9 +279,38 @@ def print_table(path):
             print(f"| {name} | {len(results)} | " + " | ".join(f"{mean(results, c):.4g}" for c in columns) + " |")
 
 
+def plot_frontier(path, names, plot_path):
+    """Each score over the seconds of training, a line for each variation, a row of panels for each simulator."""
+    matplotlib.use("Agg")
+    results = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    results = [r for r in results if r["name"] in names and r.get("sampler", "dpmpp") == "dpmpp"]
+    envs = sorted({r["env"] for r in results}, reverse=True)
+    labels = {"marginal": "marginal", "correlation": "correlation", "dynamics": "squared error of s'"}
+    fig, axes = plt.subplots(len(envs), 3, figsize=(9, 2.6 * len(envs)), layout="constrained", squeeze=False)
+    for env, row in zip(envs, axes):
+        for ax, (key, label) in zip(row, labels.items()):
+            for name in names:
+                own = [r for r in results if r["env"] == env and r["name"] == name]
+                seconds = sorted({r["seconds"] for r in own})
+                scores = [[r[key] for r in own if r["seconds"] == s] for s in seconds]
+                (line,) = ax.plot(seconds, [np.mean(x) for x in scores], label=name)
+                ax.plot([s for s, x in zip(seconds, scores) for _ in x], sum(scores, []), ".", color=line.get_color())
+            ax.set(xscale="log", yscale="log" if key == "dynamics" else "linear", ylabel=label)
+            ax.set_xticks(sorted({r["seconds"] for r in results if r["env"] == env}), minor=False)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            ax.grid(alpha=0.3)
+        row[1].set(title=env, xlabel="seconds of training on one core")
+    axes[0, 0].legend()
+    edm.save_atomically(Path(plot_path), lambda f: fig.savefig(f, format="png", dpi=100))
+    plt.close(fig)
+
+
 def main(args):
     if args.table:
         return print_table(args.out)
+    if args.plot:
+        return plot_frontier(args.out, args.only, args.plot)
     torch.set_num_threads(1)
     data = edm.load_transitions(args.data, True)
     rows = edm.pack(**data)

@@ -171,7 +171,7 @@ class EDM(nn.Module):
     """
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras Table 1
-    GUIDANCE, GUIDED_BELOW = 2.0, 0.3  # weight of the guidance, and the noise level where it begins
+    GUIDANCE, GUIDED_BELOW = 1.5, 0.3  # weight of the guidance, and the noise level where it begins
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from dynamics import dynamics_scores
 BASE = dict(
     optimizer="adam", lr=1e-3, warmup=0.0, batch_size=256, width=256, depth=6, betas=(0.9, 0.99), ema=0.995, clip=1.0,
     p_mean=-1.2, p_std=1.2, noise="independent", normalizer="standard", terminal=(0.5, 0.25), sample_steps=32,
-    schedule="cosine", clamp=False, activation="relu", early=0.0, guidance=2.0, guided_below=0.3,
+    schedule="cosine", clamp=False, activation="relu", early=0.0, guidance=1.5, guided_below=0.3,
 )  # fmt: skip
 SMALL = dict(ema="scaled", lr=2e-3, depth=4, width=384, terminal=(0.0, 1.0))
 GELU = dict(SMALL, activation="gelu")
@@ -81,10 +81,9 @@ VARIATIONS = {
     "fast": dict(GELU, early=0.1),
     "fast, early at 5%": dict(GELU, early=0.05),
     "fast, early at 25%": dict(GELU, early=0.25),
-    "fast, guidance 1.5": dict(GELU, early=0.1, guidance=1.5),
-    "fast, guidance 1.5 below 1": dict(GELU, early=0.1, guidance=1.5, guided_below=1.0),
-    "fast, guidance 1.5 everywhere": dict(GELU, early=0.1, guidance=1.5, guided_below=100.0),
-    "fast, guidance 2 everywhere": dict(GELU, early=0.1, guided_below=100.0),
+    "fast, guidance 2": dict(GELU, early=0.1, guidance=2.0),
+    "fast, guided below 1": dict(GELU, early=0.1, guided_below=1.0),
+    "fast, guided everywhere": dict(GELU, early=0.1, guided_below=100.0),
     "fast, ranks": dict(GELU, early=0.1, normalizer="rank"),
     "fast, batch 512": dict(GELU, early=0.1, batch_size=512),
     "fast, 4 x 512, lr 1e-3": dict(GELU, early=0.1, width=512, lr=1e-3),

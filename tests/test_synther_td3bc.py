@@ -813,7 +813,8 @@ def test_what_the_agent_learns_from(tmp_path, updates, data):
     real = write_npz(tmp_path / "real.npz", rows(300, 5.0, 2.0, np.zeros(300)))
     synthetic = write_npz(tmp_path / "synthetic.npz", rows(700, 9.0, 4.0, np.repeat([1.0, 2.0], [300, 400])))
     run(
-        tmp_path / "runs", env="Pendulum-v1", dataset_path=real, synthetic_path=None if data == "real" else synthetic, data=data, updates=60,
+        tmp_path / "runs", env="Pendulum-v1", dataset_path=real, data=data, updates=60,
+        synthetic_path=None if data == "real" else synthetic,
         batch_size=100, hidden_dim=8, eval_episodes=0, device="cpu",
     )  # fmt: skip
     seen = torch.cat([batch for name, batch in updates if name == "critic"])

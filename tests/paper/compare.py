@@ -2,10 +2,11 @@
 
     python tests/paper/compare.py runs/walker2d* --out comparison.png
     python tests/paper/compare.py runs/HalfCheetah* runs/dmc* --wall-clock --out online.png
+    python tests/paper/compare.py runs/quickstart* --against subsample --out small_data.png
 
-Runs that differ in their seed only are one line, named after --exp-name and, where that is not enough, the arguments in
-which the lines differ. A run with --synthetic-path is on a par with the run that made the samples. Each environment has
-its own panel.
+Runs that differ in their seeds only are one line, named after --exp-name and, where that is not enough, the arguments
+in which the lines differ. A run with --synthetic-path is on a par with the run that made the samples. Each environment
+has its own panel.
 """
 
 import csv
@@ -14,7 +15,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import matplotlib
 import numpy as np
@@ -23,8 +24,9 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NOT_SETTINGS = {"seed", "device", "out_dir", "track", "wandb_project", "wandb_entity", "resume", "compile"} | {
-    "checkpoint_every", "save_dataset"
+NOT_SETTINGS = {
+    "seed", "diffusion_seed", "device", "out_dir", "track", "wandb_project", "wandb_entity", "resume", "compile",
+    "checkpoint_every", "save_dataset",
 }  # fmt: skip
 
 
@@ -36,6 +38,8 @@ class Args:
     """the plot to write"""
     wall_clock: bool = False
     """a second panel over the minutes since the start of each run, evaluations included"""
+    against: Optional[str] = None
+    """draw the last scores over this number instead of learning curves: subsample (Figure 4), num_samples (Figure 9)"""
 
 
 def read_settings(run):
@@ -64,31 +68,51 @@ def draw(ax, x, y, label, color):
     ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
 
 
+def draw_against(ax, points, colors):
+    """Last scores over an argument; points: label -> its value (None: no limit, "": not an argument) -> scores."""
+    values = {value: float("inf" if value == "None" else value) for p in points.values() for value in p if value}
+    values = sorted(values, key=values.get)
+    ax.set_xticks(range(len(values)), ["all" if v == "None" else f"{float(v):,g}" for v in values])
+    for label, scores in points.items():
+        if "" in scores:
+            ax.axhline(scores[""].mean(), color=colors[label], linestyle="--", label=label)
+        else:
+            y = [scores[v] for v in values if v in scores]
+            x = [values.index(v) for v in values if v in scores]
+            style = dict(color=colors[label], marker="o", capsize=3, label=label)
+            ax.errorbar(x, [y.mean() for y in y], [y.std() for y in y], **style)
+
+
 def main(args):
-    found = defaultdict(lambda: defaultdict(dict))  # environment -> settings -> seed -> folder
+    found = defaultdict(lambda: defaultdict(dict))  # environment -> settings -> seeds -> folder
     for run in map(Path, sorted(args.runs)):
         if (run / "final_returns.npz").exists():  # the run has ended
             settings = read_settings(run)
             key = tuple((k, str(v)) for k, v in settings.items() if k not in NOT_SETTINGS)
             seeds = found[settings["env"]][key]
-            if settings["seed"] in seeds:
-                sys.exit(f"{run} and {seeds[settings['seed']]} are the same experiment")
-            seeds[settings["seed"]] = run
+            seed = settings["seed"], settings.get("diffusion_seed")
+            if seed in seeds:
+                sys.exit(f"{run} and {seeds[seed]} are the same experiment")
+            seeds[seed] = run
     if not found:
         sys.exit("no finished run among these folders")
+    if args.against and args.wall_clock:
+        sys.exit("--against has no minutes to draw: leave out --wall-clock")
     rows, columns = (len(found), 2) if args.wall_clock else (1, len(found))
     fig, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False, layout="constrained")
     colors = {}  # of a label, the same in all panels
     print("| environment | runs | seeds | after | last score | mean of the last three evaluations | best |")
     print("|---|---|---|---|---|---|---|")
     for row, (env_id, groups) in zip(axes if args.wall_clock else axes.T, found.items()):
+        points = defaultdict(dict)
         for key, runs in groups.items():
             name = dict(key)["exp_name"]
             others = [dict(other) for other in groups if dict(other)["exp_name"] == name]
-            differ = [f"{k}={v}" for k, v in key if any(other.get(k, v) != v for other in others)]
-            label = ", ".join([name, *differ])
+            differ = [k for k, v in key if any(other.get(k, v) != v for other in others)]
+            label = ", ".join([name, *(f"{k}={dict(key)[k]}" for k in differ)])
+            curve = ", ".join([name, *(f"{k}={dict(key)[k]}" for k in differ if k != args.against)])
             finals = [np.load(run / "final_returns.npz") for run in runs.values()]
-            color = colors.setdefault(label, f"C{len(colors)}")
+            color = colors.setdefault(curve, f"C{len(colors)}")
             unit = "updates" if "updates" in finals[0] else "steps"
             scored = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
             scores = np.stack([final[scored].mean(1) for final in finals])  # [seeds, evaluations]
@@ -98,10 +122,15 @@ def main(args):
                 + " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in summary)
                 + " |"
             )
-            draw(row[0], finals[0][unit], scores, label, color)
+            if args.against:
+                points[curve][dict(key).get(args.against, "")] = scores[:, -1]
+            else:
+                draw(row[0], finals[0][unit], scores, curve, color)
             if args.wall_clock:
                 draw(row[1], np.mean([minutes(run) for run in runs.values()], axis=0), scores, label, color)
-        row[0].set(xlabel=unit if unit == "updates" else "environment steps", title=env_id)
+        if args.against:
+            draw_against(row[0], points, colors)
+        row[0].set(xlabel=args.against or (unit if unit == "updates" else "environment steps"), title=env_id)
         row[0].set(ylabel="return" if scored == "returns" else "normalised score")
         if args.wall_clock:
             row[1].set(xlabel="minutes")

@@ -46,6 +46,7 @@ def read_settings(run):
     """The arguments that decide what an experiment is; those of the diffusion model from the run that trained it."""
     settings = json.loads((run / "args.json").read_text())
     of_samples = [k for k in settings if k.startswith(("diffusion_", "sample_")) or k in ("sampler", "num_samples")]
+    of_samples = [k for k in of_samples if k != "diffusion_seed"]  # it decides the subsample, too
     if settings.get("data") == "real":
         settings = {k: v for k, v in settings.items() if k not in of_samples}
     elif settings.get("synthetic_path"):

@@ -8,8 +8,9 @@
 3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates),
    generated and real, then with IQL and EDAC on the same samples, timed.
 4. The online experiment on HalfCheetah, 100,000 steps, with all three methods, timed.
+5. With --data: the paper's recipe in full on 45,000 rows, and `fast` in the same seconds and a tenth of them.
 
---only picks one of the four; --quick shrinks the last two to try the command; with --device cpu everything but the
+--only picks one of the five; --quick shrinks the last three to try the command; with --device cpu everything but the
 graphs can be tried without a GPU.
 """
 
@@ -26,26 +27,27 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "tests/paper")]
 import edm
 import synther_edac
 import synther_iql
 import synther_sac_online
 import synther_td3bc
+from dynamics import dynamics_scores
 
 
 @dataclass
 class Args:
     data: Optional[str] = None
-    """D4RL-layout HDF5 of Walker2d for the third part"""
+    """D4RL-layout HDF5 of Walker2d for the third and fifth part"""
     out_dir: str = "runs"
     """where its run folders go"""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu tries the command"""
-    only: Optional[Literal["agreement", "bench", "experiment", "online"]] = None
+    only: Optional[Literal["agreement", "bench", "experiment", "online", "recipes"]] = None
     """one part alone"""
     quick: bool = False
-    """tiny sizes in the last two parts"""
+    """tiny sizes in the last three parts"""
 
 
 def largest_difference(a, b):
@@ -117,6 +119,33 @@ def online_graph_difference(device):
     return max(largest_difference(critics[0][name], critics[1][name]) for name in critics[0])
 
 
+def timed_training(rows, recipe, steps, device):
+    """A model trained by a recipe, and its seconds."""
+    start = time.time()
+    model = edm.train_edm(rows, steps=steps, recipe=recipe, skip=[rows.shape[1] - 1], device=device)
+    return model, time.time() - start
+
+
+def compare_recipes(args):
+    """The paper's recipe in full, then `fast` for as long and for a tenth of that: quality of the samples."""
+    rows = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:45_000]]
+    paper_steps, trial_steps, num_samples = (200, 50, 2000) if args.quick else (100_000, 2_000, 100_000)
+    timed_training(rows, "fast", trial_steps, args.device)  # the first training on a GPU is slower
+    _, trial = timed_training(rows, "fast", trial_steps, args.device)
+    model, seconds = timed_training(rows, "paper", paper_steps, args.device)
+    for recipe, share in (("paper", 1), ("fast", 1), ("fast", 0.1)):
+        took = seconds
+        if recipe == "fast":
+            model, took = timed_training(rows, "fast", round(share * seconds / trial * trial_steps), args.device)
+        for sampler in ("dpmpp", "sde"):
+            new = edm.generate(model, num_samples, sampler=sampler).cpu()
+            new[:, -1] = new[:, -1] > 0.5
+            scores = edm.quality_report(rows, new) | dynamics_scores("Walker2d-v4", edm.unpack(new[:10_000], 17, 6))
+            scores = {key: round(scores[key], 4) for key in ("marginal", "correlation", "dynamics", "recall")}
+            print(f"{recipe}, {took:.0f} s of training, {sampler}: {scores}", flush=True)
+
+
 def run(script, options, args):
     """Run a script of the project and print its time."""
     start = time.time()
@@ -155,6 +184,8 @@ def main(args):
         small = diffusion + ["--total-steps", "1500", "--learning-starts", "500", "--retrain-every", "700"]
         for algo in ("synther", "redq", "sac"):
             run("synther_sac_online.py", ["--env", "HalfCheetah-v4", "--algo", algo] + small * args.quick, args)
+    if args.data and args.only in (None, "recipes"):
+        compare_recipes(args)
 
 
 if __name__ == "__main__":

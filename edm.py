@@ -586,14 +586,14 @@ def train_edm(
             step()
             if i % 10 == 0:
                 torch._foreach_lerp_(ema_params, params, 1 - ema_decay(i, ema_beta))
-            if i == steps // 10 and not is_paper:
-                ema.early.load_state_dict(ema.denoiser.state_dict())
             done = i + 1
             if patience and done % 1000 == 0:
                 held_out_loss = held_out_error(ema, x_held_out, cond_held_out)
                 if held_out_loss < 0.995 * best_loss:
                     best_loss, best_step = held_out_loss, done
                 stop = done - best_step >= 1000 * patience
+            if not is_paper and (i == steps // 10 or stop and i < steps // 10):  # stopped before it: no guidance
+                ema.early.load_state_dict(ema.denoiser.state_dict())
             if done % log_every == 0 or done == steps or stop:
                 loss = loss_sum.item() / (done - last_log)  # the only wait for the device
                 if not math.isfinite(loss):

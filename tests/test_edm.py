@@ -559,6 +559,13 @@ def test_patience_stops_when_unseen_rows_get_worse():
     assert max(logged) > steps and not torch.equal(weights(model), weights(patient))
 
 
+def test_no_guidance_by_a_model_that_patience_stopped_before_a_tenth():
+    model, logged = train_with_patience(patience=1, steps=99_000, recipe="fast")
+    assert max(logged) < 9_900
+    for early, late in zip(model.early.parameters(), model.denoiser.parameters(), strict=True):
+        assert torch.equal(early, late)
+
+
 def test_held_out_rows_are_not_trained_on():
     data, seen = two_modes(2_000), []
     loss = EDM.loss

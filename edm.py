@@ -255,12 +255,15 @@ class EDM(nn.Module):
 
         Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself"), within a limited
         range of noise (Kynkaanniemi et al. 2024): the estimate is moved on in the direction in which it has changed
-        since early in the training. What training has begun to correct, s' above all, comes out better corrected.
+        since early in the training. What training has begun to correct, s' above all, comes out better corrected. A
+        change by more than the noise level counts as one of that size: elsewhere than near the data both estimates
+        are extrapolations, whose difference could drive a row further and further away.
         """
         denoised = self(x, sigma, cond)
         if self.early is None or sigma > self.GUIDED_BELOW:
             return denoised
-        return torch.lerp(self(x, sigma, cond, self.early), denoised, self.GUIDANCE)
+        change = (denoised - self(x, sigma, cond, self.early)).clamp(-sigma, sigma)
+        return denoised + (self.GUIDANCE - 1) * change
 
     def loss(self, x, cond=None):
         """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8).

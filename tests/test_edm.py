@@ -173,18 +173,31 @@ def test_rank_normalizer(n):
 
 
 def test_guidance():
-    """Samplers see 1.5 times the late estimate minus 0.5 times the early one, below a noise level of 0.3 only."""
+    """Below a noise level of 0.3, samplers see the late estimate moved on by half its distance to the early one."""
     torch.manual_seed(0)
     model, plain = EDM(3, width=8, depth=2, guided=True), EDM(3, width=8, depth=2)
-    model.early.out.bias.data += 1
+    model.early.out.bias.data += torch.tensor([0.1, 0.5, 5.0])  # the last is further away than the noise
     plain.load_state_dict(model.state_dict(), strict=False)
     early = copy.deepcopy(plain)
     early.denoiser.load_state_dict(model.early.state_dict())
     x = torch.randn(5, 3)
     for sigma, guided in ((0.31, False), (0.29, True), (0.002, True)):
-        expected = 1.5 * plain(x, sigma) - 0.5 * early(x, sigma) if guided else plain(x, sigma)
+        expected = plain(x, sigma)
+        if guided:
+            expected = torch.where(torch.arange(3) < 2, 1.5 * expected - 0.5 * early(x, sigma), expected - 0.5 * sigma)
         torch.testing.assert_close(model.denoise(x, sigma), expected)
         torch.testing.assert_close(model(x, sigma), plain.denoise(x, sigma))
+
+
+def test_guidance_cannot_drive_rows_away():
+    """However wild the early estimate, guided samples stay near those without guidance."""
+    torch.manual_seed(0)
+    model = EDM(3, width=8, depth=2, guided=True)
+    model.early.out.weight.data *= 1e4
+    rows = edm.generate(model, 100, progress=False)
+    model.GUIDANCE = 1.0
+    unguided = edm.generate(model, 100, progress=False)
+    assert 0 < (rows - unguided).abs().max() < 2 * 0.5 * model.GUIDED_BELOW
 
 
 def test_fast_recipe_learns_next_states_in_few_steps():

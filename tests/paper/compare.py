@@ -24,6 +24,9 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import edm
+
 NOT_SETTINGS = {
     "seed", "diffusion_seed", "device", "out_dir", "track", "wandb_project", "wandb_entity", "resume", "compile",
     "checkpoint_every", "save_dataset",
@@ -71,7 +74,10 @@ def draw(ax, x, y, label, color):
 
 def draw_against(ax, points, colors):
     """Last scores over an argument; points: label -> its value (None: no limit, "": not an argument) -> scores."""
-    values = {value: float("inf" if value == "None" else value) for p in points.values() for value in p if value}
+    try:
+        values = {value: float("inf" if value == "None" else value) for p in points.values() for value in p if value}
+    except ValueError as error:
+        raise edm.RunError(f"--against wants an argument whose values are numbers ({error})")
     values = sorted(values, key=values.get)
     ax.set_xticks(range(len(values)), ["all" if v == "None" else f"{float(v):,g}" for v in values])
     for label, scores in points.items():
@@ -93,12 +99,14 @@ def main(args):
             seeds = found[settings["env"]][key]
             seed = settings["seed"], settings.get("diffusion_seed")
             if seed in seeds:
-                sys.exit(f"{run} and {seeds[seed]} are the same experiment")
+                raise edm.RunError(f"{run} and {seeds[seed]} are the same experiment")
             seeds[seed] = run
     if not found:
-        sys.exit("no finished run among these folders")
+        raise edm.RunError("no finished run among these folders")
     if args.against and args.wall_clock:
-        sys.exit("--against has no minutes to draw: leave out --wall-clock")
+        raise edm.RunError("--against has no minutes to draw: leave out --wall-clock")
+    if args.against and not any(args.against in dict(key) for groups in found.values() for key in groups):
+        raise edm.RunError(f"--against {args.against}: no run has such an argument")
     rows, columns = (len(found), 2) if args.wall_clock else (1, len(found))
     fig, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False, layout="constrained")
     colors = {}  # of a label, the same in all panels
@@ -140,4 +148,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except edm.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -166,8 +166,8 @@ class EDM(nn.Module):
 
     `forward` and `loss` work on normalised rows; `normalize` and `unnormalize` go back and forth. sigma_data is 1
     (EDM's default is 0.5) because the rows are standardised. The normaliser is "standard", the paper's, or "rank".
-    `guided` adds `early`, a denoiser as it was early in the training, that `denoise` leads away from. The other
-    arguments are the Denoiser's.
+    `guided` adds `early`, a denoiser as it was early in the training, that `denoise` leads away from, and limits
+    that it does not leave. The other arguments are the Denoiser's.
     """
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras Table 1
@@ -197,6 +197,9 @@ class EDM(nn.Module):
         self.early = copy.deepcopy(self.denoiser) if guided else None
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        if guided:  # limits of each normalised column's estimates
+            self.register_buffer("low", torch.full((dim,), -math.inf))
+            self.register_buffer("high", torch.full((dim,), math.inf))
         if normalizer == "rank":
             self.register_buffer("quantiles", torch.zeros(dim, NUM_QUANTILES))
             self.register_buffer("ranked", torch.zeros(dim, dtype=torch.bool))
@@ -222,6 +225,10 @@ class EDM(nn.Module):
             for column, quantiles in zip(data.T, self.quantiles):
                 ordered = column.sort().values
                 quantiles.copy_(torch.lerp(ordered[low], ordered[high], (position - low).float()))
+        if self.config["guided"]:
+            low, high = self.normalize(data).aminmax(dim=0)
+            self.low.copy_(low - (high - low) / 2)
+            self.high.copy_(high + (high - low) / 2)
 
     def normalize(self, rows):
         """Equal values are spread at random by the rank normaliser, in the same way at each call."""
@@ -256,14 +263,17 @@ class EDM(nn.Module):
         Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself"), within a limited
         range of noise (Kynkaanniemi et al. 2024): the estimate is moved on in the direction in which it has changed
         since early in the training. What training has begun to correct, s' above all, comes out better corrected. A
-        change by more than the noise level counts as one of that size: elsewhere than near the data both estimates
-        are extrapolations, whose difference could drive a row further and further away.
+        change by more than the noise level counts as one of that size, and estimates are kept within twice the range of
+        the rows (true ones, means of rows, lie within it): far from the data a denoiser extrapolates, and a few rows
+        would be driven further and further away.
         """
         denoised = self(x, sigma, cond)
-        if self.early is None or sigma > self.GUIDED_BELOW:
+        if self.early is None:
             return denoised
+        if sigma > self.GUIDED_BELOW:
+            return denoised.clamp(self.low, self.high)
         change = (denoised - self(x, sigma, cond, self.early)).clamp(-sigma, sigma)
-        return denoised + (self.GUIDANCE - 1) * change
+        return (denoised + (self.GUIDANCE - 1) * change).clamp(self.low, self.high)
 
     def loss(self, x, cond=None):
         """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8).

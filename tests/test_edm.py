@@ -200,6 +200,19 @@ def test_guidance_cannot_drive_rows_away():
     assert 0 < (rows - unguided).abs().max() < 2 * 0.5 * model.GUIDED_BELOW
 
 
+def test_limits_of_the_estimates():
+    """A denoiser that drives rows away is stopped at twice the range of the data; the paper's recipe has no limits."""
+    data = torch.rand(100, 2) * torch.tensor([1.0, 10.0])
+    for recipe in ("fast", "paper"):
+        model = edm.train_edm(data, recipe=recipe, steps=20, skip=[0], **SMALL)
+        model.denoiser.out.weight.data *= 1e6
+        rows = edm.generate(model, 200, progress=False)
+        width = data.amax(0) - data.amin(0)
+        inside = (rows >= data.amin(0) - 0.501 * width) & (rows <= data.amax(0) + 0.501 * width)
+        assert inside.all() if recipe == "fast" else not inside.any(1).all()
+        assert not (data.amin(0) <= rows).all() and not (rows <= data.amax(0)).all()
+
+
 def test_fast_recipe_learns_next_states_in_few_steps():
     """s' = sin(3 s): closer than the paper's recipe, from a network of the same size at the same learning rate."""
     s = torch.randn(5_000, 1, generator=torch.Generator().manual_seed(0))

@@ -598,7 +598,8 @@ def train_edm(
                 optimizer.param_groups[0]["lr"] = cosine_lr(lr, i, steps)
             step()
             if i % 10 == 0:
-                torch._foreach_lerp_(ema_params, params, 1 - ema_decay(i, ema_beta))
+                with torch.no_grad():
+                    torch._foreach_lerp_(ema_params, params, 1 - ema_decay(i, ema_beta))
             done = i + 1
             if patience and done % 1000 == 0:
                 held_out_loss = held_out_error(ema, x_held_out, cond_held_out)

@@ -515,6 +515,12 @@ def weights(model):
     return torch.cat([x.flatten() for x in model.state_dict().values()])
 
 
+def test_trained_model_holds_no_gradients():
+    model = edm.train_edm(torch.randn(500, 6), steps=25, width=16, depth=1, progress=False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    edm.generate(copy.deepcopy(model), 10, progress=False)  # tensors of a graph cannot be copied
+
+
 def test_training_is_deterministic_and_leaves_the_random_state_alone():
     data = two_modes(200)
     first = edm.train_edm(data, steps=30, seed=1, **SMALL)

@@ -212,7 +212,8 @@ def start_training(rows, recipe, seed, steps):
         for optimizer in optimizers:
             optimizer.step()
         if i % 10 == 0:
-            torch._foreach_lerp_(ema_params, params, 1 - edm.ema_decay(i, ema_beta))
+            with torch.no_grad():
+                torch._foreach_lerp_(ema_params, params, 1 - edm.ema_decay(i, ema_beta))
         if recipe["early"] and i == round(recipe["early"] * steps):
             ema.early.load_state_dict(ema.denoiser.state_dict())
 

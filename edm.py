@@ -1,8 +1,7 @@
 """The diffusion model of Synthetic Experience Replay (SynthER, Lu et al., NeurIPS 2023), in one file.
 
 An Elucidated Diffusion Model (EDM, Karras et al. 2022) learns the rows [s, a, r, s', d] of a replay buffer, and
-generates as many new ones as an agent wants. The scripts import this file and nothing else of the project. It also
-works alone, for people who bring their own agent. From the shell:
+generates as many new ones as an agent wants. The scripts import this file. It also works alone. From the shell:
 
     python edm.py --data my_transitions.npz --num-samples 1000000 --out synthetic.npz
     python edm.py --data walker2d-medium-replay-v2 --out synthetic.npz      # a D4RL name; or a Minari id
@@ -12,10 +11,7 @@ From Python, with any float32 rows:
     model = edm.train_edm(rows)                                             # [num_rows, dim] -> EDM
     new_rows = edm.generate(model, 1_000_000)                               # [1_000_000, dim]
 
-On a CPU, the import changes which library PyTorch multiplies float32 matrices with.
-
-Sections: options | denoiser | EDM | samplers | files | training | generation | rows | sample quality | datasets |
-command line. "Section", "Table" and "Figure" are the SynthER paper's. "Karras" is arXiv 2206.00364.
+"Section", "Table" and "Figure" are the SynthER paper's. "Karras" is arXiv 2206.00364.
 """
 
 import copy
@@ -31,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 if not torch.cuda.is_available():
@@ -107,8 +104,7 @@ def resolve(args, num_rows, dataset=""):
     return args
 
 
-MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "synther_ratio", "policy_noise", "noise_clip")
-MAY_BE_ZERO += ("alpha", "beta", "eta")
+MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "synther_ratio", "policy_noise", "noise_clip", "alpha", "eta")
 AT_MOST_ONE = ("synther_ratio", "discount", "tau", "expectile")
 
 
@@ -131,11 +127,8 @@ def check_args(args):
 class Denoiser(nn.Module):
     """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Section 3.1, Appendix B.2).
 
-    Args:
-        dim: columns of a row; 42 give 6,497,066 trainable parameters at the default size.
-        width, depth, rff_dim: as in Table 8. residual: False gives the plain MLP of Table 10.
-        time_dim: size of the noise level's embedding (128 in the offline experiments, 256 online).
-        activation: "relu" (Equation 3), or "gelu", which is smooth and learns faster.
+    width, depth and rff_dim are Table 8's. Without `residual` it is the plain MLP of Table 10. time_dim, the size of the
+    noise level's embedding, is 128 in the offline experiments, 256 online. GELU is smooth, and learns faster than ReLU.
     """
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, rff_dim=16, activation="relu"):
@@ -165,8 +158,7 @@ class Denoiser(nn.Module):
 class EDM(nn.Module):
     """D_theta: the denoiser with Karras' preconditioning (their Table 1), its loss, and the normaliser of the rows.
 
-    `forward`, `denoise` and `loss` take normalised rows. `guided` adds a copy of the denoiser as it was early in the
-    training, for `denoise`. The other arguments are the Denoiser's.
+    `guided` adds a copy of the denoiser as it was early in the training. The other arguments are the Denoiser's.
     """
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras' Table 1
@@ -203,9 +195,9 @@ class EDM(nn.Module):
         return x * self.std + self.mean
 
     def forward(self, x, sigma, denoiser=None):
-        """The denoised estimate of x [batch, dim], which has noise of level sigma, a scalar or [batch].
+        """The denoised estimate of normalised rows x [batch, dim] with noise of level sigma, a scalar or [batch].
 
-        sigma_data is 1 (Karras: 0.5), because the rows are standardised.
+        Karras' sigma_data is 1, because the rows are standardised.
         """
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
         c_skip = 1 / (sigma**2 + 1)
@@ -241,7 +233,7 @@ class EDM(nn.Module):
 
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
-# `denoise(x, sigma)` is all that a sampler knows of a model. x comes as sigmas[0] times unit noise.
+# `denoise(x, sigma)` is all that a sampler knows of a model. x is sigmas[0] times unit noise.
 
 
 def karras_sigmas(num_steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -254,7 +246,7 @@ def karras_sigmas(num_steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 def sample_sde(denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003):
     """The paper's sampler: Karras' Algorithm 2, stochastic Heun with the constants of Table 9. 2N - 1 network calls.
 
-    Each step with churn adds noise s_noise times too large, so few steps inflate the variance: the paper takes 128.
+    The noise of a step is s_noise times too large, so few steps inflate the variance: the paper takes 128.
     """
     sigmas = sigmas.tolist()
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -304,7 +296,7 @@ class Bar(tqdm):
 
 
 def save_atomically(path, write):
-    """Call `write(file)` on a temporary file and rename it: `path` is never half written. RunError on a full disk."""
+    """Call `write(file)` on a temporary file, then rename it. RunError on a full disk."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -316,7 +308,7 @@ def save_atomically(path, write):
 
 
 def load_file(path, device="cpu"):
-    """What torch.save wrote. Raises RunError where the file cannot be read."""
+    """What torch.save wrote. RunError where the file cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception:  # a damaged file fails in many ways
@@ -475,12 +467,9 @@ def train_edm(rows, args=DiffusionArgs(), *, flags=(), time_dim=128, init=None, 
 @own_randomness
 @torch.no_grad()
 def generate(model, num_samples, args=DiffusionArgs()):
-    """Draw new rows from a trained model, on the device that it is on.
+    """Draw new rows from a trained model, on the device that it is on. RunError where one holds NaN or Inf.
 
     Returns: float32 [num_samples, dim] on the CPU, in raw units. Not clipped, as in the paper.
-
-    Raises:
-        RunError: a row holds NaN or Inf.
     """
     device, args = model.mean.device, resolve(copy.copy(args), 0)
     batch_size = args.sample_batch_size or (100_000 if device.type == "cuda" else 2_000)
@@ -537,19 +526,13 @@ KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
 
 
 def pack(observations, actions, rewards, next_observations, terminals):
-    """The rows [s, a, r, s', d] of arrays or tensors [N, obs_dim], [N, act_dim], [N], [N, obs_dim], [N].
-
-    Returns: float32 tensor [N, 2 * obs_dim + act_dim + 2].
-    """
+    """The rows [s, a, r, s', d], float32 [N, dim], of arrays [N, obs_dim], [N, act_dim], [N], [N, obs_dim], [N]."""
     columns = [torch.as_tensor(x) for x in (observations, actions, rewards, next_observations, terminals)]
     return torch.cat([x.reshape(len(x), -1).float() for x in columns], dim=1)
 
 
 def unpack(rows, obs_dim, act_dim):
-    """The arrays of rows [N, 2 * obs_dim + act_dim + 2], a dict by D4RL's names. A terminal is a value above 0.5.
-
-    All but the terminals are views of `rows` where these are on the CPU.
-    """
+    """The arrays of rows [N, dim], a dict by D4RL's names. A terminal is a value above 0.5."""
     parts = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=1)
     data = {key: part.cpu().numpy() for key, part in zip(KEYS, parts)}
     return data | {"rewards": data["rewards"][:, 0], "terminals": data["terminals"][:, 0] > 0.5}
@@ -572,8 +555,7 @@ def marginal(real, synthetic):
 def correlation(real, synthetic):
     """Mean over the pairs of columns of 1 - |rho_real - rho_synthetic| / 2, rho Pearson's (Table 1): 1 is perfect.
 
-    As SDMetrics' CorrelationSimilarity: columns that are constant in `real` are left out, and one that is constant in
-    `synthetic` only counts as uncorrelated.
+    Columns that are constant in `real` are left out. One that is constant only in `synthetic` counts as uncorrelated.
     """
     real, synthetic = torch.as_tensor(real), torch.as_tensor(synthetic)
     varies = (real != real[0]).any(0)
@@ -584,12 +566,11 @@ def correlation(real, synthetic):
 
 @own_randomness
 def quality_report(real, synthetic):
-    """How close generated rows [M, dim] are to real ones [N, dim]. Returns a dict of numbers:
+    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
 
-    marginal, correlation: Table 1's scores, of all real rows and at most 100,000 generated ones, as in the paper.
-    terminals_real, terminals: shares of rows whose last column is above 0.5.
-    nearest, nearest_real: median distance, in standardised units, from a generated row to its nearest real row, and
-        from a real row to its nearest other one. Copying shows as nearest far below nearest_real.
+    marginal and correlation are Table 1's, of at most 100,000 generated rows, as in the paper. `terminals` is the share
+    of rows whose last column is above 0.5. `nearest` is the median distance, in standardised units, from a generated
+    row to its nearest real one, `nearest_real` from a real row to its nearest other: copies would be far nearer.
     """
     torch.manual_seed(0)
     some = synthetic[:100_000]
@@ -609,17 +590,12 @@ def quality_report(real, synthetic):
 
 def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     """Histograms of the columns of real and generated rows (Figure 8) as a PNG. Of many columns, an even choice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [f"s[{i}]" for i in range(obs_dim)] + [f"a[{i}]" for i in range(act_dim)] + ["r"]
     names += [f"s'[{i}]" for i in range(obs_dim)] + ["d"]
     shown = np.unique(np.linspace(0, real.shape[1] - 1, max_panels).round().astype(int))
     lines = math.ceil(len(shown) / 8)
-    fig, axes = plt.subplots(lines, 8, figsize=(16, 1.6 * lines), layout="constrained")
-    for i, ax in zip(shown, axes.flat):
+    fig = Figure(figsize=(16, 1.6 * lines), layout="constrained")
+    for i, ax in zip(shown, fig.subplots(lines, 8).flat):
         x, y = real[:100_000, i], synthetic[:100_000, i]
         low, high = x.quantile(0.001).item(), x.quantile(0.999).item()
         for values, color in ((x, "tab:orange"), (y, "tab:blue")):
@@ -628,7 +604,6 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
         ax.set(title=names[i], yticks=[])
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
-    plt.close(fig)
 
 
 # --- Datasets ---------------------------------------------------------------------------------------------------------
@@ -706,16 +681,6 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     return data | {"next_observations": next_observations, "terminals": terminals[keep]}
 
 
-def check_arrays(arrays, source):
-    """Raise RunError unless the arrays of a dataset hold finite numbers, as many rows each, and at least two."""
-    for key, x in arrays.items():
-        if x.ndim == 0 or x.dtype.kind not in "fiub" or not np.isfinite(x).all():
-            raise RunError(f"{source}: {key} holds NaN, Inf, or no numbers")
-    lengths = {key: len(x) for key, x in arrays.items()}
-    if len(set(lengths.values())) > 1 or min(lengths.values()) < 2:
-        raise RunError(f"{source}: too few rows, or not as many in each array: {lengths}")
-
-
 def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     """Transitions from any of the datasets that the scripts know.
 
@@ -731,35 +696,37 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     """
     source = str(source).replace("-mixed-", "-medium-replay-")
     path = BUNDLED if source == "quickstart" else download_d4rl(source) if source in D4RL else Path(source)
-    if path.suffix not in (".hdf5", ".h5", ".npz") and "/" not in source:
+    is_hdf5 = path.suffix in (".hdf5", ".h5")
+    if not is_hdf5 and path.suffix != ".npz" and "/" not in source:
         raise RunError(f"unknown dataset {source}; known are .hdf5, .h5 and .npz files, Minari ids, {', '.join(D4RL)}")
     try:
-        if path.suffix == ".npz":
-            with np.load(path) as f:
-                data = {key: f[key] for key in KEYS}
-        elif path.suffix in (".hdf5", ".h5"):
+        if is_hdf5:
             with h5py.File(path) as f:
                 keys = ["observations", "actions", "rewards", "terminals"]
-                raw = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
-            check_arrays(raw, source)
-            data = qlearning_dataset(raw, true_next_obs, max_episode_steps)
+                data = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
+        elif path.suffix == ".npz":
+            with np.load(path) as f:
+                data = {key: f[key] for key in KEYS}
         else:
             import minari
 
             episodes = minari.load_dataset(source, download=True).iterate_episodes()
             parts = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
             data = dict(zip(KEYS, map(np.concatenate, zip(*parts))))
-    except RunError:
-        raise
     except Exception as error:  # each format fails in its own way: truncated, another format, a missing key, no network
         raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
-    check_arrays(data, source)
-    for key in ("rewards", "terminals"):
-        data[key] = data[key].reshape(-1) if data[key].shape[1:] == (1,) else data[key]
-    if [data[key].ndim for key in KEYS] != [2, 2, 1, 2, 1]:
-        raise RunError(f"{source}: these shapes cannot be: {[data[key].shape for key in KEYS]}")
-    terminals = data.pop("terminals") > 0.5
-    return {key: x.astype(np.float32, copy=False) for key, x in data.items()} | {"terminals": terminals}
+    data |= {key: data[key].reshape(-1) for key in ("rewards", "terminals")}
+    for key, x in data.items():
+        if x.ndim == 0 or x.dtype.kind not in "fiub" or not np.isfinite(x).all():
+            raise RunError(f"{source}: {key} holds NaN, Inf, or no numbers")
+    shapes = {key: x.shape for key, x in data.items()}
+    if len({shape[0] for shape in shapes.values()}) > 1 or [len(shapes[key]) for key in KEYS[:2]] != [2, 2]:
+        raise RunError(f"{source}: arrays of these shapes are no transitions: {shapes}")
+    data = qlearning_dataset(data, true_next_obs, max_episode_steps) if is_hdf5 else data
+    if data["observations"].shape != data["next_observations"].shape or len(data["rewards"]) < 2:
+        raise RunError(f"{source} holds fewer than two transitions, or next_observations of another size")
+    data = {key: x.astype(np.float32, copy=False) for key, x in data.items()}
+    return data | {"terminals": data["terminals"] > 0.5}
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ transitions as you like, trains the agent on these alone, evaluates it, and leav
 
 The first command learns from 40,000 transitions of HalfCheetah-v4, the replay buffer of an agent whose return had come
 to 2,350. It ends at a normalised score of about 26; with --data real at about 24.
-
-Sections: arguments | TD3+BC | environments and scores | experiment.
 """
 
 import copy
@@ -29,13 +27,13 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import gymnasium as gym
-import matplotlib
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 
 import edm
 
@@ -45,8 +43,7 @@ import edm
 @dataclass
 class Args(edm.DiffusionArgs):
     env: str = "quickstart"
-    """a D4RL name (walker2d-medium-replay-v2, maze2d-umaze-v1, antmaze-umaze-v2), a Minari id, `quickstart`, or, with
-    --dataset-path, the Gymnasium id or D4RL name to evaluate in"""
+    """a D4RL name, a Minari id or `quickstart`; with --dataset-path, the D4RL name or Gymnasium id to evaluate in"""
     dataset_path: Optional[str] = None
     """a D4RL-layout HDF5 file or an .npz of transitions to learn from"""
     synthetic_path: Optional[str] = None
@@ -168,9 +165,8 @@ class TD3BC(nn.Module):
         self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
         self.target_params = [*self.actor_target.parameters(), *self.critic_target.parameters()]
         adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
-        self.actor_optimizer = torch.optim.Adam(self.actor_params, **adam)
-        self.critic_optimizer = torch.optim.Adam(self.critic_params, **adam)
-        self.optimizers = {"actor": self.actor_optimizer, "critic": self.critic_optimizer}
+        pairs = dict(actor=self.actor_params, critic=self.critic_params)
+        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in pairs.items()}
 
     def update_critic(self, batch):
         """One step of both critics on rows [batch, dim]. Returns the loss."""
@@ -184,9 +180,9 @@ class TD3BC(nn.Module):
             target = rewards[:, 0] + args.discount * (1 - terminals[:, 0]) * next_q
         q = self.critic(torch.cat([observations, actions], dim=1))
         loss = (q - target).square().mean(1).sum()
-        self.critic_optimizer.zero_grad()
+        self.optimizers["critic"].zero_grad()
         loss.backward()
-        self.critic_optimizer.step()
+        self.optimizers["critic"].step()
         return loss.detach()
 
     def update_actor(self, batch):
@@ -195,20 +191,17 @@ class TD3BC(nn.Module):
         policy_actions = self.actor(observations)
         q = self.critic(torch.cat([observations, policy_actions], dim=1), members=slice(1))
         loss = F.mse_loss(policy_actions, actions) - self.args.alpha * q.mean() / q.abs().mean().detach()
-        self.actor_optimizer.zero_grad()
+        self.optimizers["actor"].zero_grad()
         loss.backward(inputs=self.actor_params)  # no gradient for the critics
-        self.actor_optimizer.step()
+        self.optimizers["actor"].step()
         with torch.no_grad():
             torch._foreach_lerp_(self.target_params, self.actor_params + self.critic_params, self.args.tau)
         return loss.detach()
 
 
 def augment_batch(batch, kind, obs_dim):
-    """Explicit augmentation of an agent's rows, in place (Appendix D.1). New numbers for every batch.
-
-    The paper leaves open the scale of the noise and what shares it. Here, additive noise has standard deviation 0.1 in
-    normalised units, the same for s and s'. The two factors are one number per transition.
-    """
+    """Explicit augmentation of rows, in place (Appendix D.1). The paper does not say how large the noise is, or what
+    shares it: here, additive noise has standard deviation 0.1 in normalised units, and s and s' get the same."""
     observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
     if kind == "additive":
         noise = 0.1 * torch.randn_like(observations)
@@ -239,24 +232,21 @@ REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 1
 
 def normalized_score(env_id, returns):
     """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
-    scores = (scores for prefix, scores in REFERENCE_SCORES.items() if env_id.startswith(prefix))
-    low, high = next(scores, (math.nan, math.nan))
+    low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
 
 MAZES = {  # walls of D4RL's mazes; a position (i, j) is row i, column j
-    "umaze": ("#####", "#...#", "###.#", "#...#", "#####"),
-    "medium": ("########", "#..##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#..#", "########"),
-    "large": (
-        "############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.###.#", "#..#.#.....#",
-        "##.#.#.#.###", "#..#...#...#", "############",
-    ),
-}  # fmt: skip
+    "umaze": "##### #...# ###.# #...# #####",
+    "medium": "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
+    "large": "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
+    "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
+}
 
 
 def maze_cells(maze, kind):
     """The (row, column) of each wall ("#") or free cell (".") of a maze."""
-    return [(i, j) for i, row in enumerate(MAZES[maze]) for j, cell in enumerate(row) if cell == kind]
+    return [(i, j) for i, row in enumerate(MAZES[maze].split()) for j, cell in enumerate(row) if cell == kind]
 
 
 class Maze2d(gym.Env):
@@ -351,31 +341,27 @@ class AntMaze(gym.Env):
         return np.concatenate([self.physics.qpos, self.physics.qvel]), float(reached), reached, False, {}
 
 
-MAZE_TASKS = {  # class, maze, cell of the goal, steps of an episode
-    "maze2d-umaze-v1": (Maze2d, "umaze", (1, 1), 300),
-    "maze2d-medium-v1": (Maze2d, "medium", (6, 6), 600),
-    "maze2d-large-v1": (Maze2d, "large", (7, 9), 800),
-    "antmaze-umaze-v2": (AntMaze, "umaze", (3, 1), 700),
-    "antmaze-medium-play-v2": (AntMaze, "medium", (6, 6), 1000),
-    "antmaze-large-play-v2": (AntMaze, "large", (7, 9), 1000),
-}
+for env_id, maze_class, maze, goal, steps in (  # goal: a cell; steps: the time limit of an episode
+    ("maze2d-umaze-v1", Maze2d, "umaze", (1, 1), 300),
+    ("maze2d-medium-v1", Maze2d, "medium", (6, 6), 600),
+    ("maze2d-large-v1", Maze2d, "large", (7, 9), 800),
+    ("antmaze-umaze-v2", AntMaze, "umaze", (3, 1), 700),
+    ("antmaze-medium-play-v2", AntMaze, "medium", (6, 6), 1000),
+    ("antmaze-large-play-v2", AntMaze, "large", (7, 9), 1000),
+):
+    gym.register(env_id, maze_class, max_episode_steps=steps, kwargs=dict(maze=maze, goal=goal))
 
 
 def make_env(name):
     """The environment of a dataset or a Gymnasium id. RunError for an unknown one, or spaces that are not supported."""
     if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 5):
         warnings.warn("mujoco 3.5 and later add up contact margins: these are not D4RL's dynamics; use 3.4.0")
-    ids = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}  # closest to D4RL's v2
-    ids |= {"quickstart": "HalfCheetah-v4"}
+    ids = dict(halfcheetah="HalfCheetah-v4", hopper="Hopper-v4", walker2d="Walker2d-v4", quickstart="HalfCheetah-v4")
     try:
         if "/" in name:
             import minari
 
             env = minari.load_dataset(name).recover_environment()
-        elif name in MAZE_TASKS:
-            maze_class, maze, goal, steps = MAZE_TASKS[name]
-            kwargs = dict(maze=maze, goal=goal)
-            env = gym.make(gym.envs.registration.EnvSpec(name, maze_class, max_episode_steps=steps, kwargs=kwargs))
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(ids.get(name.split("-")[0], name), disable_env_checker=True)
@@ -391,12 +377,9 @@ def make_env(name):
 
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of one episode in each environment, stepped together with one forward pass of `policy`.
-
-    Args:
-        policy: maps float32 observations [n, obs_dim] to actions [n, act_dim], both CPU tensors.
-        seed: environment i is reset with seed + i, the same at every evaluation, as in SynthER.
-    """
+    """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
+    which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
+    seed + i, the same at every evaluation, as in SynthER."""
     observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
@@ -411,37 +394,32 @@ def evaluate(policy, envs, seed):
 
 def plot_learning_curve(path, env_id, times, returns, unit):
     """Mean and standard deviation over the episodes of each evaluation. Args: times [n], returns [n, episodes]."""
-    matplotlib.use("Agg")  # needs no screen
-    import matplotlib.pyplot as plt
-
     scores = normalized_score(env_id, returns)
     values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
     mean, std = values.mean(1), values.std(1)
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
     ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
     ax.plot(times, mean)
     ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
     edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
 
 
 # --- Experiment -------------------------------------------------------------------------------------------------------
-
-MAY_CHANGE = ("resume", "track", "wandb_project", "wandb_entity")
 
 
 def parse_args():
     """The arguments of the command line. With --resume, those that the run was started with."""
     args = tyro.cli(Args, description=__doc__)
-    if not args.resume:
-        return args
-    try:
-        saved = json.loads((Path(args.resume) / "args.json").read_text())
-        args = tyro.cli(Args, default=Args(**saved))
-    except (OSError, ValueError, TypeError) as error:
-        raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
-    if changed := [name for name in saved if getattr(args, name) != saved[name] and name not in MAY_CHANGE]:
-        raise edm.RunError(f"{args.resume} was started with another {', '.join(changed)}")
+    if args.resume:
+        try:
+            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
+        args = tyro.cli(Args, default=saved)
+        changed = [name for name, value in vars(args).items() if value != getattr(saved, name)]
+        if changed := set(changed) - {"resume", "track", "wandb_project", "wandb_entity"}:
+            raise edm.RunError(f"{args.resume} was started with another {', '.join(changed)}")
     return args
 
 
@@ -482,7 +460,7 @@ def main(args):
     synthetic_path = Path(args.synthetic_path or run_dir / "synthetic.npz")
     rows = real if args.data == "real" else None
     if rows is None and (args.synthetic_path or synthetic_path.exists()):
-        rows = load(synthetic_path)
+        rows = load(synthetic_path)[: args.num_samples]
 
     # --- Run folder and log ---
     if not args.resume:
@@ -499,8 +477,8 @@ def main(args):
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name)
-        wandb.init(**names, config=vars(args), dir=run_dir, resume="allow")
+        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=run_dir)
+        wandb.init(**where, config=vars(args), resume="allow")
         wandb.define_metric("*", step_metric="step")
 
     def log(step, values):
@@ -523,10 +501,6 @@ def main(args):
         log(args.diffusion_steps, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
         edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
         edm.save_atomically(synthetic_path, lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
-    elif args.synthetic_path:
-        rows = rows[: args.num_samples]
-        if args.terminals == "classifier":
-            edm.relabel_terminals(rows, real, args.diffusion_seed)
     if rows is not real and saved["stage"] != "agent":
         report = edm.quality_report(real, rows)
         print("sample quality:", report)
@@ -560,8 +534,7 @@ def main(args):
         edm.set_rng_state(saved["rng"], args.device)
 
     def critic_step():
-        index = torch.randint(len(rows), (args.batch_size,), device=args.device)
-        torch.index_select(rows, 0, index, out=batch)
+        batch.copy_(rows[torch.randint(len(rows), (args.batch_size,), device=args.device)])
         augment_batch(batch, args.augment, obs_dim)
         losses[0] += agent.update_critic(batch)
 
@@ -607,8 +580,8 @@ def main(args):
     if evaluations:
         updates, returns = (np.array(x) for x in zip(*evaluations))
         scores = normalized_score(env_id, returns)
-        final = dict(updates=updates, returns=returns, normalized_scores=scores)
-        edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **final))
+        arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
+        edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         plot_learning_curve(run_dir / "learning_curve.png", env_id, updates, returns, "updates")
         mean, std = scores[-1].mean(), scores[-1].std()
         print(f"normalised score {mean:.1f} +- {std:.1f}, return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")

@@ -2,27 +2,22 @@
 
 Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section 4.3 and Appendix F, on
 V-D4RL (Lu et al., 2022). Stage 1 trains DrQ+BC, or behaviour cloning, from images. Then its encoder and trunks are
-frozen; they turn each transition into 50 features of the actor and 50 of the critic, before and after. Stage 2 trains
-new heads, the layers behind the trunks, on such latent transitions: those of the dataset, or those that a diffusion
-model generates. Both stages are evaluated from images: the end of stage 1 is the paper's "Original", that of stage 2 on
-generated latents its "SynthER" (Table 4), and on the dataset's latents (--data real) a control for the new heads.
+frozen. They turn each transition into 50 features of the actor and 50 of the critic, before and after. Stage 2 trains
+new heads, the layers behind the trunks, on such latent transitions: those of the dataset, or generated ones.
 
     python synther_vd4rl.py --env walker-walk-expert --dataset-path vd4rl_data             # the paper's; wants a GPU
     python synther_vd4rl.py --env walker-walk-expert --dataset-path vd4rl_data --data real            # the control
     python synther_vd4rl.py ... --agent-path runs/... --data real                      # another stage 2, same stage 1
     python synther_vd4rl.py ... --algo bc                                                      # behaviour cloning
-    python synther_vd4rl.py --resume runs/...                                   # continue a run that was stopped
+    python synther_vd4rl.py --resume runs/...                     # continue a run that was stopped
 
-`vd4rl_data` is the folder that holds `main/`, from https://github.com/conglu1997/v-d4rl. To try all this without it,
-`python tests/paper/vd4rl_data.py` renders a small dataset of the same layout.
-
-Sections: arguments | data | environment and scores | networks | agents | experiment.
+Both stages are evaluated from images. The end of stage 1 is the paper's "Original", that of stage 2 its "SynthER"
+(Table 4). `vd4rl_data` is the folder that holds `main/`, from https://github.com/conglu1997/v-d4rl. To try all this
+without it, `python tests/paper/vd4rl_data.py` renders a small dataset of the same layout.
 """
 
 import copy
 import ctypes
-import dataclasses
-import filecmp
 import json
 import math
 import os
@@ -30,7 +25,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -43,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
 import edm
 
@@ -51,31 +45,30 @@ import edm
 
 
 @dataclass
-class Args:
+class Args(edm.DiffusionArgs):
     env: str = "walker-walk-expert"
     """task and level: walker-walk or cheetah-run, then -random, -mixed, -medium, -medexp or -expert"""
-    dataset_path: Optional[str] = None
-    """the folder that holds V-D4RL's main/; None takes vd4rl_data"""
+    dataset_path: str = "vd4rl_data"
+    """the folder that holds V-D4RL's main/"""
+    agent_path: Optional[str] = None
+    """run folder whose stage-1 agent (agent.pt, of the same env, algo and feature_dim) to use instead of a new one"""
     seed: int = 0
-    """seed of the agent, its batches and its evaluation"""
+    """seed of the agent, its batches and its evaluation; --diffusion-seed is that of latents, model and samples"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one"""
     out_dir: str = "runs"
     """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
     exp_name: Optional[str] = None
     """name of the experiment, part of the run folder's name; None takes synther_vd4rl-{algo}-{data}"""
+    resume: Optional[str] = None
+    """run folder to continue, with the arguments saved there"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "synther"
     """project to log to with --track"""
     wandb_entity: Optional[str] = None
     """team or user to log to with --track"""
-    resume: Optional[str] = None
-    """run folder to continue; its args.json supplies every other argument, and none can be changed"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """CUDA graphs of the training steps: auto uses them on a GPU, off runs every step eagerly, on insists on a GPU"""
 
-    # the data
     algo: Literal["drqbc", "bc"] = "drqbc"
     """DrQ+BC, or behaviour cloning, which has no critic and no rewards"""
     data: Literal["synther", "real"] = "synther"
@@ -84,51 +77,19 @@ class Args:
     """features in a latent transition: of actor and critic, or of one of them, that then feeds both heads (Table 13)"""
     max_frames: int = 1_000_000
     """stop loading after the file that brings the frames to this number (paper: 1,000,000; its sets have 100,000)"""
-    agent_path: Optional[str] = None
-    """run folder whose stage-1 agent (agent.pt, of the same env, algo and feature_dim) to use, not training one"""
-    synthetic_path: Optional[str] = None
-    """synthetic.npz, in the run folder that made it, to use instead of training a diffusion model; wants --agent-path,
-    the stage-1 agent that the run had"""
 
-    # the diffusion model
-    diffusion_steps: int = 100_000
-    """training steps of the diffusion model (paper: 100,000, Table 8)"""
-    diffusion_recipe: Optional[Literal["paper", "fast", "ranks"]] = None
-    """how to train: as the paper (the default from 100,000 steps on); fast (the default for less): a smaller, smoother
-    denoiser, a higher learning rate, guided samples; ranks: fast with columns bent into normal distributions"""
-    diffusion_width: Optional[int] = None
-    """units per block of the denoiser (paper: 1024, Appendix F; fast: 384)"""
-    diffusion_depth: Optional[int] = None
-    """residual blocks of the denoiser (paper: 6, Table 8; fast: 4)"""
-    diffusion_batch_size: int = 256
-    """rows per training step (paper: 256)"""
-    diffusion_lr: Optional[float] = None
-    """initial learning rate of the cosine schedule (paper: 3e-4, Table 8; fast: 2e-3)"""
-    diffusion_seed: int = 0
-    """seed of the latent transitions' shifts, the diffusion model and its samples"""
-    sampler: Literal["sde", "dpmpp", "dpmpp-sde"] = "dpmpp"
-    """dpmpp-sde, dpmpp: DPM-Solver++(2M) with and without noise, one network call per step; sde: the paper's stochastic
-    Heun, two (Table 9)"""
-    sample_steps: Optional[int] = None
-    """noise levels of the sampler (default 32; 128 for sde, the paper's)"""
-    num_samples: int = 5_000_000
-    """latent transitions to generate, or to take at most from --synthetic-path (paper: 5,000,000, Section 4.3)"""
-    sample_batch_size: Optional[int] = None
-    """transitions generated at a time (default 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
-
-    # the agent (V-D4RL's values)
     stage1_updates: int = 550_000
     """gradient updates from images (paper: 1,100,000 iterations, an update every second one)"""
     stage2_updates: int = 550_000
     """gradient updates of the new heads (paper: not said; here as many)"""
     nstep: Optional[int] = None
-    """steps of a transition's return (paper: 3 for DrQ+BC; for BC it makes no difference, and is 1)"""
+    """steps of a transition's return (default: 3 for DrQ+BC as in V-D4RL's README, else 1; the paper writes one)"""
     batch_size: int = 256
     """transitions per update (paper: 256)"""
     hidden_dim: int = 1024
     """units per hidden layer of the heads (paper: 1024)"""
     feature_dim: int = 50
-    """features of a trunk (paper: 50, Appendix F)"""
+    """features of a trunk (paper: 50)"""
     learning_rate: float = 3e-4
     """Adam's learning rate (paper: 3e-4)"""
     discount: float = 0.99
@@ -146,38 +107,158 @@ class Args:
     eval_episodes: int = 10
     """episodes per evaluation, rendered, with the mean action (paper: 10); 0 skips evaluation"""
     checkpoint_every: int = 5_000
-    """steps or updates between checkpoints"""
+    """training steps or updates between checkpoints"""
 
 
-LEVELS = {
-    "random": "random",
-    "mixed": "medium_replay",
-    "medium": "medium",
-    "medexp": "medium_expert",
-    "expert": "expert",
-}
+# --- DrQ+BC and BC ----------------------------------------------------------------------------------------------------
 
 
-def resolve(args):
-    """Fill every argument that is None and has a value for this algorithm. Returns the same Args."""
-    recipe = args.diffusion_recipe or edm.default_recipe(args.diffusion_steps)
-    values = {
-        "diffusion_recipe": recipe,
-        **{f"diffusion_{name}": value for name, value in edm.RECIPES[recipe].items()},
-        "dataset_path": "vd4rl_data",
-        "exp_name": f"synther_vd4rl-{args.algo}-{args.data}",
-        "nstep": 3 if args.algo == "drqbc" else 1,
-        "sample_steps": 128 if args.sampler == "sde" else 32,
-    }
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+class Encoder(nn.Module):
+    """DrQ-v2's: images [batch, 9, 84, 84] of bytes -> [batch, 39200]."""
+
+    def __init__(self):
+        super().__init__()
+        convolutions = [nn.Conv2d(9, 32, 3, stride=2)] + [nn.Conv2d(32, 32, 3) for _ in range(3)]
+        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU(inplace=True)))
+        self.net = nn.Sequential(*layers, nn.Flatten())
+
+    def forward(self, images):
+        return self.net((images / 255).sub_(0.5))
+
+
+# Copied from synther_td3bc.EnsembleCritic
+class EnsembleCritic(nn.Module):
+    """Independent Q-functions as one batched network: (s, a) [batch, obs_dim + act_dim] -> [num_critics, batch]."""
+
+    def __init__(self, in_dim, hidden_dim, hidden_layers, num_critics=2):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            bound = 1 / math.sqrt(fan_in)  # PyTorch's default for a linear layer
+            self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x, members=slice(None)):
+        """members: a slice or index tensor of the Q-functions to evaluate."""
+        h = x.expand(len(self.biases[0][members]), *x.shape)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
+        return h.squeeze(-1)
+
+
+@torch.no_grad()
+def orthogonal_init(module):
+    """DrQ-v2's initial weights: orthogonal, with a gain of sqrt(2) for convolutions, and no biases."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.orthogonal_(part.weight, math.sqrt(2) if isinstance(part, nn.Conv2d) else 1)
+            nn.init.zeros_(part.bias)
+        if isinstance(part, EnsembleCritic):
+            for weight, bias in zip(part.weights, part.biases):
+                for w in weight:
+                    nn.init.orthogonal_(w)
+                bias.zero_()
+    return module
+
+
+class Columns(nn.Module):
+    """Some columns of its input: the trunk of stage 2, whose inputs are features already."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x):
+        return x[:, self.columns]
+
+
+class Agent(nn.Module):
+    """DrQ+BC (Lu et al. 2022), or behaviour cloning, which leaves the critics alone. Learns from images in stage 1:
+    an encoder, trunks that reduce its output to features, and heads. In stage 2, new heads learn from latents: the
+    features of one of the stage-1 agent's trunks, or of both, side by side (Appendix F: pi^fc and Q^fc)."""
+
+    LOSSES = ("critic_loss", "actor_loss")
+
+    def __init__(self, act_dim, args, stage):
+        super().__init__()
+        self.args, width, hidden = args, args.feature_dim, args.hidden_dim
+        if stage == "stage1":
+            self.encoder = Encoder()
+            make_trunk = lambda: nn.Sequential(nn.Linear(39_200, width), nn.LayerNorm(width), nn.Tanh())  # noqa: E731
+            self.actor_trunk, self.critic_trunk = make_trunk(), make_trunk()
+        else:
+            self.encoder = nn.Identity()
+            self.actor_trunk, self.critic_trunk = Columns(slice(width)), Columns(slice(-width, None))
+        layers = nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, act_dim)
+        self.policy = nn.Sequential(*layers, nn.Tanh())
+        self.critic = EnsembleCritic(width + act_dim, hidden, 2)
+        orthogonal_init(self)
+        self.critic_trunk_target = copy.deepcopy(self.critic_trunk).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.to(args.device)
+        self.actor_params = [*self.actor_trunk.parameters(), *self.policy.parameters()]
+        self.critic_params = [*self.critic_trunk.parameters(), *self.critic.parameters()]
+        self.target_params = [*self.critic_trunk_target.parameters(), *self.critic_target.parameters()]
+        groups = dict(actor=self.actor_params, critic=[*self.encoder.parameters(), *self.critic_params])
+        if args.algo == "bc":
+            self.actor_params += self.encoder.parameters()
+            del groups["critic"]
+        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
+        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in groups.items()}
+
+    def noisy(self, mean, noise):
+        """An action around the mean: noise cut at noise_clip, result within (-1, 1). The gradient ignores the last."""
+        action = mean + (noise * torch.randn_like(mean)).clamp(-self.args.noise_clip, self.args.noise_clip)
+        return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+    def update(self, x, actions, rewards, discounts, next_x, noise):
+        """One step of encoder and critics, then one of the actor, then of the targets. Returns LOSSES.
+
+        Args: x and next_x: shifted images [batch, 9, 84, 84], or latents. actions [batch, act_dim]. rewards [batch].
+        """
+        h = self.encoder(x)
+        critic_loss = torch.zeros((), device=h.device)
+        if self.args.algo == "drqbc":
+            with torch.no_grad():
+                next_h = self.encoder(next_x)
+                next_actions = self.noisy(self.policy(self.actor_trunk(next_h)), noise)
+                next_q = self.critic_target(torch.cat([self.critic_trunk_target(next_h), next_actions], dim=1)).amin(0)
+                target = rewards + discounts * next_q
+            q = self.critic(torch.cat([self.critic_trunk(h), actions], dim=1))
+            critic_loss = (q - target).square().mean(1).sum()
+            self.optimizers["critic"].zero_grad()
+            critic_loss.backward()
+            self.optimizers["critic"].step()
+            h = h.detach()  # the actor does not train the encoder
+        policy_actions = self.noisy(self.policy(self.actor_trunk(h)), noise)
+        actor_loss = F.mse_loss(policy_actions, actions)
+        if self.args.algo == "drqbc":
+            q = self.critic(torch.cat([self.critic_trunk(h), policy_actions], dim=1)).amin(0)
+            actor_loss = actor_loss - self.args.alpha * q.mean() / q.abs().mean().detach()
+        self.optimizers["actor"].zero_grad()
+        actor_loss.backward(inputs=self.actor_params)  # no gradient for the critics
+        self.optimizers["actor"].step()
+        if self.args.algo == "drqbc":
+            with torch.no_grad():
+                torch._foreach_lerp_(self.target_params, self.critic_params, self.args.tau)
+        return torch.stack([critic_loss, actor_loss]).detach()
+
+    def latents(self, images):
+        """The features of --latent: [batch, feature_dim], or [batch, 2 * feature_dim] of actor and critic."""
+        h = self.encoder(images)
+        if self.args.algo == "bc" or self.args.latent == "actor":
+            return self.actor_trunk(h)
+        if self.args.latent == "critic":
+            return self.critic_trunk(h)  # s' by the same trunk, not by the target's
+        return torch.cat([self.actor_trunk(h), self.critic_trunk(h)], dim=1)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 # Row t of an episode holds image t, and the action and the reward that led to it. Images are kept once, as bytes, and
 # stacked when a batch is drawn.
+
+LEVELS = dict(random="random", mixed="medium_replay", medium="medium", medexp="medium_expert", expert="expert")
 
 
 def find_files(args):
@@ -185,27 +266,20 @@ def find_files(args):
     match = re.fullmatch(r"(walker-walk|cheetah-run)-(\w+)", args.env)
     if not match or match[2] not in LEVELS:
         raise edm.RunError(
-            f"unknown dataset {args.env}: give walker-walk or cheetah-run, then -random, -mixed, -medium, -medexp or "
-            "-expert"
+            f"unknown dataset {args.env}: give walker-walk or cheetah-run, then one of -{', -'.join(LEVELS)}"
         )
     folder = Path(args.dataset_path) / "main" / match[1].replace("-", "_") / LEVELS[match[2]]
     files = sorted((folder / "84px").glob("*.hdf5")) or sorted((folder / "64px").glob("*.npz"))
     if not files:
         raise edm.RunError(
-            f"no 84px/*.hdf5 or 64px/*.npz in {folder}; V-D4RL's files come from https://github.com/conglu1997/v-d4rl "
-            "(Google Drive) or the Hugging Face dataset conglu/vd4rl, and --dataset-path names the folder that holds "
-            "main/; tests/paper/vd4rl_data.py makes small sets of the same layout, -random, -mixed and -expert"
+            f"no 84px/*.hdf5 or 64px/*.npz in {folder}: --dataset-path names the folder that holds V-D4RL's main/ "
+            "(https://github.com/conglu1997/v-d4rl), or tests/paper/vd4rl_data.py makes a small one"
         )
     return files
 
 
-def count_rows(path):
-    with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as f:
-        return f["reward"].shape[0]
-
-
 def read_file(path, frames):
-    """Read one file's images into `frames` [N, 3, 84, 84] uint8; returns its action, reward, discount, is_first.
+    """Read one file's images into `frames` [N, 3, 84, 84] uint8. Returns its action, reward, discount, is_first.
 
     Images of 64 x 64 are enlarged (cubic interpolation, as V-D4RL's conversion does).
     """
@@ -223,8 +297,7 @@ def read_file(path, frames):
     return action, reward, discount, step_type == 0
 
 
-# Differs from synther_td3bc.load_dataset: images
-def load_dataset(args):
+def load_dataset(files, args):
     """All images, and the n-step transitions between them.
 
     Returns: dict of tensors
@@ -235,45 +308,38 @@ def load_dataset(args):
             the discount after them.
 
     Raises:
-        RunError: no files, or files that are not V-D4RL's.
+        RunError: the files are not V-D4RL's.
     """
-    files, counts, read = find_files(args), [], []
+    counts, read = [], []
     try:
         for path in files:
-            counts.append(count_rows(path))
+            with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as f:
+                counts.append(f["reward"].shape[0])
             if sum(counts) >= args.max_frames:
                 break
         frames = torch.empty(sum(counts), 3, 84, 84, dtype=torch.uint8)
-        for path, part in zip(tqdm(files[: len(counts)], "images", **edm.BAR), frames.split(counts)):
+        for path, part in zip(edm.Bar(files[: len(counts)], "images"), frames.split(counts)):
             read.append(read_file(path, part))
             if any(len(x) != len(part) for x in read[-1]) or read[-1][0].shape[1:] != read[0][0].shape[1:]:
                 raise ValueError("the lengths or the shapes of its arrays do not agree")
     except Exception as error:  # truncated, another layout, a missing key, ...
         raise edm.RunError(f"cannot read {path}: {error}") from None
-    names = ("action", "reward", "discount", "first")
-    data = {key: np.concatenate(parts) for key, parts in zip(names, zip(*read))}
-    for key in ("action", "reward", "discount"):
-        if not np.isfinite(data[key]).all():
-            raise edm.RunError(f"{key} of {args.env} holds NaN or Inf")
-    if not data["first"][0]:
+    action, reward, discount, first = (np.concatenate(parts) for parts in zip(*read))
+    if not all(np.isfinite(x).all() for x in (action, reward, discount)):
+        raise edm.RunError(f"an action, reward or discount of {args.env} is NaN or Inf")
+    if not first[0]:
         raise edm.RunError(f"{files[0]} does not begin with the first row of an episode")
     num_rows, n = len(frames), args.nstep
-    starts, episode = np.flatnonzero(data["first"]), np.cumsum(data["first"]) - 1
+    starts, episode = np.flatnonzero(first), np.cumsum(first) - 1
     start, end = starts[episode], np.append(starts[1:], num_rows)[episode]
     row = np.flatnonzero((np.arange(num_rows) > start) & (np.arange(num_rows) + n <= end))
     if len(row) == 0:
         raise edm.RunError(f"no episode of {args.env} is longer than {n} steps")
-    reward = sum(args.discount**k * data["reward"][row + k] for k in range(n))
-    discount = args.discount**n * data["discount"][row + n - 1]
-    to_float = lambda x: torch.from_numpy(x.astype(np.float32))  # noqa: E731
-    return {
-        "frames": frames,
-        "row": torch.from_numpy(row),
-        "start": torch.from_numpy(start[row]),
-        "action": to_float(data["action"][row]),
-        "reward": to_float(reward),
-        "discount": to_float(discount),
-    }
+    reward = sum(args.discount**k * reward[row + k] for k in range(n))
+    discount = args.discount**n * discount[row + n - 1]
+    data = dict(row=row, start=start[row], action=action[row], reward=reward, discount=discount)
+    data = {key: torch.from_numpy(x if x.dtype == np.int64 else x.astype(np.float32)) for key, x in data.items()}
+    return data | {"frames": frames}
 
 
 def stacked(frames, last, start):
@@ -292,10 +358,36 @@ def random_shift(images, pad=4):
     return images.gather(3, x[:, None, None, :].expand(batch, channels, height, width))
 
 
+@edm.own_randomness
+@torch.no_grad()
+def extract_latents(agent, data, args):
+    """Rows [z, a, r, z'] of all transitions of the dataset, on the CPU. Each image stack is shifted at random once."""
+    torch.manual_seed(args.diffusion_seed)
+    parts = []
+    for index in edm.Bar(torch.arange(len(data["row"]), device=args.device).split(256), "latents"):
+        row, start = data["row"][index], data["start"][index]
+        z, next_z = (
+            agent.latents(random_shift(stacked(data["frames"], last, start)))
+            for last in (row - 1, row + args.nstep - 1)
+        )
+        parts.append(torch.cat([z, data["action"][index], data["reward"][index][:, None], next_z], dim=1).cpu())
+    return torch.cat(parts)
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory of freed images for the next ones. An update on a CPU takes 0.8 s instead of 1.4."""
+    try:
+        libc, (trim_threshold, mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names from malloc.h
+        if libc.mallopt(mmap_threshold, 2**30) == 1:  # some versions refuse so much
+            libc.mallopt(trim_threshold, 2**31 - 1)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
+
+
 # --- Environment and scores -------------------------------------------------------------------------------------------
 
 # Copied from synther_td3bc.REFERENCE_SCORES
-REFERENCE_SCORES = {
+REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 100
     "HalfCheetah-": (-280.178953, 12135.0),
     "Hopper-": (-20.272305, 3234.3),
     "Walker2d-": (1.629008, 4592.3),
@@ -310,29 +402,8 @@ REFERENCE_SCORES = {
 # Copied from synther_td3bc.normalized_score
 def normalized_score(env_id, returns):
     """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
-    scores = (scores for prefix, scores in REFERENCE_SCORES.items() if env_id.startswith(prefix))
-    low, high = next(scores, (math.nan, math.nan))
+    low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
-
-
-def choose_renderer():
-    """Set MUJOCO_GL to a way of rendering without a screen that works here.
-
-    Raises:
-        RunError: there is none.
-    """
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
-        return
-    for backend in ("egl", "osmesa"):
-        test = "import mujoco; mujoco.GLContext(84, 84).make_current()"
-        env = os.environ | {"MUJOCO_GL": backend}
-        if subprocess.run([sys.executable, "-c", test], env=env, capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return
-    raise edm.RunError(
-        "evaluation needs a renderer, and neither EGL nor OSMesa works; install one (Debian, Ubuntu: libegl1 with "
-        "libgl1-mesa-dri, or libosmesa6), or skip evaluation with --eval-episodes 0"
-    )
 
 
 class PixelEnv:
@@ -342,7 +413,7 @@ class PixelEnv:
         import mujoco  # both after MUJOCO_GL is set
         from dm_control import suite
 
-        if tuple(map(int, mujoco.mj_versionString().split(".")[:2])) >= (3, 5):
+        if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 5):
             warnings.warn("with mujoco 3.5 and later the floor looks different: its images are not V-D4RL's; use 3.4.0")
         self.env = suite.load(*task_name.split("-"))
         self.act_dim = self.env.action_spec().shape[0]
@@ -369,14 +440,35 @@ class PixelEnv:
         return np.concatenate(self.images), reward, time_step.last()
 
 
+# Differs from synther_td3bc.make_env: images
+def make_env(task):
+    """The environment of a task. Sets MUJOCO_GL to a way of rendering that works here; RunError if there is none."""
+    if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
+        for backend in ("egl", "osmesa"):
+            test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
+            if subprocess.run(test, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode == 0:
+                os.environ["MUJOCO_GL"] = backend
+                break
+        else:
+            raise edm.RunError(
+                "evaluation needs a renderer, and neither EGL nor OSMesa works; install one (Debian, Ubuntu: libegl1 "
+                "with libgl1-mesa-dri, or libosmesa6), or skip evaluation with --eval-episodes 0"
+            )
+    try:
+        env = PixelEnv(task)
+        env.reset(0)
+    except Exception as error:  # MuJoCo's and OpenGL's, of many kinds
+        raise edm.RunError(f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from None
+    return env
+
+
 # Differs from synther_td3bc.evaluate: one environment, whose images are kept for a picture
 @torch.no_grad()
 def evaluate(policy, env, episodes, seed):
     """Returns of some episodes, and the images of the first, a list of [3, 84, 84].
 
-    Args:
-        policy: maps images [1, 9, 84, 84], a CPU tensor of bytes, to actions [1, act_dim].
-        seed: episode i begins with seed + i, the same at every evaluation.
+    `policy` maps images [1, 9, 84, 84], a CPU tensor of bytes, to actions [1, act_dim]. Episode i begins with seed + i,
+    the same at every evaluation.
     """
     returns, film = np.zeros(episodes), []
     for i in range(episodes):
@@ -390,702 +482,265 @@ def evaluate(policy, env, episodes, seed):
     return returns, film
 
 
-# --- Networks ---------------------------------------------------------------------------------------------------------
+# Copied from synther_td3bc.plot_learning_curve
+def plot_learning_curve(path, env_id, times, returns, unit):
+    """Mean and standard deviation over the episodes of each evaluation. Args: times [n], returns [n, episodes]."""
+    scores = normalized_score(env_id, returns)
+    values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
+    mean, std = values.mean(1), values.std(1)
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
+    ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
+    ax.plot(times, mean)
+    ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
+    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
 
 
-class Encoder(nn.Module):
-    """DrQ-v2's: images [batch, 9, 84, 84] of bytes -> [batch, 39200]."""
-
-    def __init__(self):
-        super().__init__()
-        convolutions = [nn.Conv2d(9, 32, 3, stride=2)] + [nn.Conv2d(32, 32, 3) for _ in range(3)]
-        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU(inplace=True)))
-        self.net = nn.Sequential(*layers, nn.Flatten())
-
-    def forward(self, images):
-        return self.net((images / 255).sub_(0.5))
-
-
-def make_trunk(feature_dim):
-    """What reduces the encoder's output to features, within (-1, 1)."""
-    return nn.Sequential(nn.Linear(39_200, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
-
-
-def make_policy(feature_dim, hidden_dim, act_dim):
-    """The actor's head: features -> mean action, within (-1, 1)."""
-    hidden = nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU()
-    return nn.Sequential(*hidden, nn.Linear(hidden_dim, act_dim), nn.Tanh())
-
-
-# Copied from synther_td3bc.EnsembleCritic
-class EnsembleCritic(nn.Module):
-    """Independent Q-functions as one batched network: (s, a) [batch, obs_dim + act_dim] -> [num_critics, batch]."""
-
-    def __init__(self, in_dim, hidden_dim, hidden_layers, num_critics=2):
-        super().__init__()
-        sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
-        bound = [1 / math.sqrt(fan_in) for fan_in in sizes[:-1]]  # PyTorch's default for a linear layer
-        new = torch.empty
-        weights = [new(num_critics, i, o).uniform_(-b, b) for b, i, o in zip(bound, sizes, sizes[1:])]
-        biases = [new(num_critics, 1, o).uniform_(-b, b) for b, o in zip(bound, sizes[1:])]
-        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
-
-    def forward(self, x, members=slice(None)):
-        """members: a slice or index tensor of the Q-functions to evaluate; all of them if left out."""
-        h = x.expand(len(self.biases[0][members]), *x.shape)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
-        return h.squeeze(-1)
-
-
-@torch.no_grad()
-def orthogonal_init(module):
-    """DrQ-v2's initial weights: orthogonal, with a gain of sqrt(2) for convolutions, and no biases."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            nn.init.orthogonal_(part.weight, math.sqrt(2) if isinstance(part, nn.Conv2d) else 1)
-            nn.init.zeros_(part.bias)
-        if isinstance(part, EnsembleCritic):
-            for weight, bias in zip(part.weights, part.biases):
-                for w in weight:
-                    nn.init.orthogonal_(w)
-                bias.zero_()
-    return module
-
-
-# --- Agents -----------------------------------------------------------------------------------------------------------
-
-
-def noisy(mean, noise, clip):
-    """An action around the mean: noise cut at `clip`, result within (-1, 1); the gradient ignores the second cut."""
-    action = mean + (noise * torch.randn_like(mean)).clamp(-clip, clip)
-    return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
-
-
-class Heads(nn.Module):
-    """The layers behind the trunks, and DrQ+BC's losses of features (Appendix F: pi^fc and Q^fc)."""
-
-    def __init__(self, act_dim, args):
-        super().__init__()
-        self.args = args
-        self.policy = orthogonal_init(make_policy(args.feature_dim, args.hidden_dim, act_dim))
-        if args.algo == "drqbc":
-            self.critic = orthogonal_init(EnsembleCritic(args.feature_dim + act_dim, args.hidden_dim, 2))
-            self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-
-    def critic_loss(self, features, actions, rewards, discounts, next_actor_features, next_features, noise):
-        """Temporal difference: `next_features` are those for the target critics."""
-        with torch.no_grad():
-            next_actions = noisy(self.policy(next_actor_features), noise, self.args.noise_clip)
-            next_q = self.critic_target(torch.cat([next_features, next_actions], dim=1)).amin(0)
-            target = rewards + discounts * next_q
-        q = self.critic(torch.cat([features, actions], dim=1))
-        return (q - target).square().mean(1).sum()
-
-    def actor_loss(self, actor_features, critic_features, actions, noise):
-        """Behaviour cloning, and for DrQ+BC minus the Q-value in units of its size."""
-        policy_actions = noisy(self.policy(actor_features), noise, self.args.noise_clip)
-        loss = F.mse_loss(policy_actions, actions)
-        if self.args.algo == "drqbc":
-            q = self.critic(torch.cat([critic_features, policy_actions], dim=1)).amin(0)
-            loss = loss - self.args.alpha * q.mean() / q.abs().mean().detach()
-        return loss
-
-
-LOSSES = ("critic_loss", "actor_loss")
-IMAGES_AT_ONCE = {"cpu": 32, "cuda": 256}  # through the encoder; a few are as fast on a CPU, and take 0.5 GB less
-
-
-class PixelAgent(nn.Module):
-    """Stage 1: DrQ+BC (Lu et al. 2022), or behaviour cloning, from images. An update touches tensors only."""
-
-    def __init__(self, act_dim, args, device):
-        super().__init__()
-        self.args = args
-        self.encoder = orthogonal_init(Encoder())
-        self.actor_trunk = orthogonal_init(make_trunk(args.feature_dim))
-        self.heads = Heads(act_dim, args)
-        actor_parts, online, target = [self.actor_trunk, self.heads.policy], [], []
-        if args.algo == "drqbc":
-            self.critic_trunk = orthogonal_init(make_trunk(args.feature_dim))
-            self.critic_trunk_target = copy.deepcopy(self.critic_trunk).requires_grad_(False)
-            online, target = (
-                (self.critic_trunk, self.heads.critic),
-                (self.critic_trunk_target, self.heads.critic_target),
-            )
-        else:
-            actor_parts.append(self.encoder)
-        self.to(device)
-        self.online, self.target = ([p for part in parts for p in part.parameters()] for parts in (online, target))
-        self.actor_params = [p for part in actor_parts for p in part.parameters()]
-        adam = dict(lr=args.learning_rate, fused=True, capturable=torch.device(device).type == "cuda")
-        self.optimizers = {"actor": torch.optim.Adam(self.actor_params, **adam)}
-        if args.algo == "drqbc":
-            self.optimizers["critic"] = torch.optim.Adam([*self.encoder.parameters(), *self.online], **adam)
-
-    def update(self, images, actions, rewards, discounts, next_images, noise):
-        """One step of encoder and critics, then one of the actor, then of the targets. Returns the losses, [2].
-
-        Args: images and next_images [batch, 9, 84, 84], shifted; the others [batch, act_dim], [batch], [batch].
-        """
-        is_bc, num_images = self.args.algo == "bc", len(images)
-        encoder_optimizer = self.optimizers["actor" if is_bc else "critic"]
-        encoder_optimizer.zero_grad(set_to_none=True)
-        at_once = IMAGES_AT_ONCE[images.device.type]
-        parts = (x.split(at_once) for x in (images, actions, rewards, discounts, next_images))
-        hidden, loss_sum = [], torch.zeros((), device=images.device)
-        for x, action, reward, discount, next_x in zip(*parts):
-            if not is_bc:
-                with torch.no_grad():
-                    next_h = self.encoder(next_x)
-                    next_features = self.actor_trunk(next_h), self.critic_trunk_target(next_h)
-            h = self.encoder(x)
-            if is_bc:
-                loss = self.heads.actor_loss(self.actor_trunk(h), None, action, noise)
-            else:
-                loss = self.heads.critic_loss(self.critic_trunk(h), action, reward, discount, *next_features, noise)
-            loss = loss * (len(x) / num_images)
-            loss.backward()
-            hidden.append(h.detach())
-            loss_sum += loss.detach()
-        encoder_optimizer.step()
-        if is_bc:
-            return torch.stack([torch.zeros_like(loss_sum), loss_sum])
-        h = torch.cat(hidden)
-        with torch.no_grad():
-            critic_features = self.critic_trunk(h)
-        actor_loss = self.heads.actor_loss(self.actor_trunk(h), critic_features, actions, noise)
-        step_on_gradient(self.optimizers["actor"], actor_loss, self.actor_params)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.target, self.online, self.args.tau)
-            return torch.stack([loss_sum, actor_loss])
-
-    def latents(self, images):
-        """The frozen features of --latent: [batch, feature_dim], or [batch, 2 * feature_dim] of actor and critic."""
-        h = self.encoder(images)
-        if self.args.algo == "bc" or self.args.latent == "actor":
-            return self.actor_trunk(h)
-        if self.args.latent == "critic":
-            return self.critic_trunk(h)
-        return torch.cat([self.actor_trunk(h), self.critic_trunk(h)], dim=1)
-
-
-class LatentAgent(nn.Module):
-    """Stage 2: new heads, on latent transitions, rows [z, a, r, z'] (Appendix F). An update touches tensors only."""
-
-    def __init__(self, act_dim, args, device):
-        super().__init__()
-        self.args = args
-        self.heads = Heads(act_dim, args).to(device)
-        self.latent_dim = args.feature_dim * (2 if args.algo == "drqbc" and args.latent == "both" else 1)
-        self.sizes = [self.latent_dim, act_dim, 1, self.latent_dim]
-        self.actor_params = list(self.heads.policy.parameters())
-        adam = dict(lr=args.learning_rate, fused=True, capturable=torch.device(device).type == "cuda")
-        self.optimizers = {"actor": torch.optim.Adam(self.actor_params, **adam)}
-        self.online, self.target = [], []
-        if args.algo == "drqbc":
-            self.online, self.target = (
-                list(critic.parameters()) for critic in (self.heads.critic, self.heads.critic_target)
-            )
-            self.optimizers["critic"] = torch.optim.Adam(self.online, **adam)
-
-    def features(self, latents):
-        """Features for the actor and for the critic: the two halves, or the same for both."""
-        return latents[:, : self.args.feature_dim], latents[:, -self.args.feature_dim :]
-
-    def update(self, batch, noise):
-        """One step of the critics, then one of the actor, then of the targets. Returns the losses, a tensor [2]."""
-        latents, actions, rewards, next_latents = batch.split(self.sizes, dim=1)
-        actor_features, critic_features = self.features(latents)
-        critic_loss = torch.zeros((), device=batch.device)
-        if self.args.algo == "drqbc":
-            discount = self.args.discount**self.args.nstep  # nothing is terminal in these tasks
-            critic_loss = self.heads.critic_loss(
-                critic_features, actions, rewards[:, 0], discount, *self.features(next_latents), noise
-            )
-            self.optimizers["critic"].zero_grad(set_to_none=True)
-            critic_loss.backward()
-            self.optimizers["critic"].step()
-        actor_loss = self.heads.actor_loss(actor_features, critic_features, actions, noise)
-        step_on_gradient(self.optimizers["actor"], actor_loss, self.actor_params)
-        with torch.no_grad():
-            if self.target:  # behaviour cloning has none
-                torch._foreach_lerp_(self.target, self.online, self.args.tau)
-            return torch.stack([critic_loss, actor_loss])
-
-
-def step_on_gradient(optimizer, loss, params):
-    """One step of an optimizer on the gradient of a loss by its parameters, and by no others."""
-    for parameter, grad in zip(params, torch.autograd.grad(loss, params)):
-        parameter.grad = grad
-    optimizer.step()
+def plot_episode(path, film, title, images=10):
+    """A strip of images from an episode, evenly spaced, as a PNG."""
+    fig = Figure(figsize=(1.2 * images, 1.5), layout="constrained")
+    for ax, i in zip(fig.subplots(1, images), np.linspace(0, len(film) - 1, images).astype(int)):
+        ax.imshow(film[i].transpose(1, 2, 0))
+        ax.axis("off")
+    fig.suptitle(title, fontsize=8)
+    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=100))
 
 
 # --- Experiment -------------------------------------------------------------------------------------------------------
 
 
-def keep_freed_memory():
-    """On a CPU, keep the memory of freed images for the next: glibc gives large blocks back to the system each time,
-    and clearing new ones takes a tenth of an update."""
-    try:
-        libc, (trim_threshold, mmap_threshold) = ctypes.CDLL(None), (-1, -3)  # names from malloc.h
-        if libc.mallopt(mmap_threshold, 2**30) == 1:  # some versions refuse so much
-            libc.mallopt(trim_threshold, 2**31 - 1)
-    except (AttributeError, OSError, TypeError):
-        pass  # another C library
-
-
-MAY_CHANGE = ("resume",)
-
-
-# Copied from synther_td3bc.load_resumed_args
-def load_resumed_args(args):
-    """The arguments saved in the run folder args.resume, but for those that MAY_CHANGE.
-
-    Raises:
-        RunError: it is not a run folder of this script, or an argument given beside --resume contradicts it.
-    """
-    try:
-        saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
-    flags = {text.split("=")[0].lstrip("-").replace("-", "_") for text in sys.argv[1:]}
-    for field in dataclasses.fields(Args):
-        given, was = getattr(args, field.name), getattr(saved, field.name)
-        if given == field.default and field.name not in flags:
-            continue
-        if field.name in MAY_CHANGE:
-            setattr(saved, field.name, given)
-        elif given != was:
-            raise edm.RunError(f"{args.resume} was started with {field.name}={was}, not {given}")
-    return saved
-
-
-MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "noise_clip", "alpha")
-
-
-# Copied from synther_td3bc.check_numbers
-def check_numbers(args):
-    """Raise RunError where a number makes no sense; for the arguments of all scripts."""
-    for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if name == "target_entropy":
-            if not math.isfinite(value):
-                raise edm.RunError(f"--target-entropy must be finite, not {value}")
-        elif name in MAY_BE_ZERO and not 0 <= value < math.inf:
-            raise edm.RunError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
-            raise edm.RunError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        if name in ("discount", "tau", "expectile", "synther_ratio") and value > 1:
-            raise edm.RunError(f"--{name.replace('_', '-')} must be at most 1, not {value}")
-
-
-def check_synthetic(args):
-    """Raise RunError unless the latents in --synthetic-path come from the stage-1 agent in --agent-path."""
-    folder = Path(args.synthetic_path).parent
-    try:
-        with np.load(args.synthetic_path) as f:
-            f["rewards"]
-    except Exception:  # truncated, not that format, ...
-        raise edm.RunError(f"{args.synthetic_path} is damaged, or not a synthetic.npz of this script") from None
-    try:
-        made_by = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
-        raise edm.RunError(f"{folder} lacks the args.json of the run that made {args.synthetic_path}") from None
-    wanted = {name: getattr(args, name) for name in ("env", "algo", "latent", "nstep", "discount", "feature_dim")}
-    if different := [f"{name}={made_by.get(name)}" for name in wanted if made_by.get(name) != wanted[name]]:
-        raise edm.RunError(f"{args.synthetic_path} was made with {', '.join(different)}")
-    agent_paths = folder / "agent.pt", Path(args.agent_path) / "agent.pt"
-    if not agent_paths[0].is_file() or not filecmp.cmp(*agent_paths, shallow=False):
-        raise edm.RunError(f"{args.synthetic_path} holds latents of another stage-1 agent than {args.agent_path}")
-
-
-def check_args(args):
-    """Raise RunError where an argument makes no sense or a choice cannot be had on this machine."""
-    check_numbers(args)
-    find_files(args)
-    if args.algo == "bc" and args.latent != "both":
-        raise edm.RunError("--latent is a choice between the features of actor and critic; --algo bc has no critic")
-    if args.synthetic_path and args.data == "real":
-        raise edm.RunError("--synthetic-path has no use with --data real")
-    if args.synthetic_path and not args.agent_path:
-        raise edm.RunError("--synthetic-path needs --agent-path, the run whose stage-1 agent the latents come from")
-    if args.agent_path and not (Path(args.agent_path) / "agent.pt").is_file():
-        raise edm.RunError(f"no agent.pt in {args.agent_path}: --agent-path wants the run folder that trained stage 1")
-    if args.synthetic_path and not Path(args.synthetic_path).is_file():
-        raise edm.RunError(f"no such file: {args.synthetic_path}")
-    if args.synthetic_path:
-        check_synthetic(args)
-    if not torch.cuda.is_available() and (args.device == "cuda" or args.compile == "on"):
-        raise edm.RunError("--device cuda and --compile on need a GPU, and PyTorch finds none")
-    if args.compile == "on" and args.device == "cpu":
-        raise edm.RunError("--compile on needs a GPU, and --device cpu forbids it")
-
-
-def load_agent(path, act_dim, args, device):
-    """The frozen encoder and trunks that stage 1 left in `path`, in a PixelAgent, and what was saved beside them.
-
-    Raises:
-        RunError: it is of another dataset, algorithm or size.
-    """
-    saved = edm.load_file(path, device)
-    settings = saved.get("settings", {})
-    own = {"env": args.env, "algo": args.algo, "feature_dim": args.feature_dim}
-    if different := [f"{name}={settings.get(name)}" for name in own if settings.get(name) != own[name]]:
-        raise edm.RunError(f"{path} is an agent of {', '.join(different)}")
-    with torch.random.fork_rng(devices=[]):  # the weights are replaced
-        agent = PixelAgent(act_dim, args, device)
-    state = {name: x for name, x in saved["agent"].items() if not name.startswith("heads")}
-    agent.load_state_dict(state, strict=False)
-    return agent.requires_grad_(False), saved
-
-
-# Copied from synther_td3bc.start_run
-def start_run(args, start_time):
-    """Make the run folder, or open it again, and write args.json.
-
-    Returns:
-        (folder, function log(step, {key: value}) that adds lines to metrics.csv and, with --track, to wandb).
-    """
-    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
-    run_dir = Path(args.resume or Path(args.out_dir) / run_name)
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    resolved = json.dumps(vars(args) | {"resume": None}, indent=2)
-    edm.save_atomically(run_dir / "args.json", lambda f: f.write(resolved.encode()))
-    print(f"{resolved}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
-    timer = threading.Timer(90, edm.warn_if_crowded)
-    timer.daemon = True  # does not outlive the run
-    timer.start()
-    metrics_path = run_dir / "metrics.csv"
-    lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else ["step,key,value\n"]
-    lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-    edm.save_atomically(metrics_path, lambda f: f.write("".join(lines).encode()))
-    logged = {tuple(line.split(",")[:2]) for line in lines}
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name, config=vars(args),
-            dir=run_dir, resume="allow",
-        )  # fmt: skip
-        wandb.define_metric("*", step_metric="step")
-
-    def log(step, values):
-        # After a resume, the steps since the last checkpoint come again, with the same values: log each once.
-        values = {key: value for key, value in values.items() if (str(step), key) not in logged}
-        logged.update((str(step), key) for key in values)
-        with open(metrics_path, "a") as f:
-            f.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
-        if args.track:
-            wandb.log(values | {"step": step})
-
-    return run_dir, log
-
-
-@torch.no_grad()
-def extract_latents(agent, data, seed):
-    """Rows [z, a, r, z'] of all transitions of the dataset, each image stack shifted at random once; on the CPU."""
-    device, nstep, rows = data["frames"].device, agent.args.nstep, None
-    at_once = IMAGES_AT_ONCE[device.type]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for index in tqdm(torch.arange(len(data["row"]), device=device).split(at_once), "latents", **edm.BAR):
-            row, start = data["row"][index], data["start"][index]
-            z, next_z = (
-                agent.latents(random_shift(stacked(data["frames"], last, start))) for last in (row - 1, row + nstep - 1)
-            )
-            part = torch.cat([z, data["action"][index], data["reward"][index][:, None], next_z], dim=1)
-            if rows is None:  # one block: small ones among the images would keep their memory from being used again
-                rows = torch.empty(len(data["row"]), part.shape[1])
-            rows[index.cpu()] = part.cpu()
-    return rows
-
-
-# Differs from synther_td3bc.make_synthetic: latents instead of states, no terminals
-def make_synthetic(args, real, latent_dim, act_dim, run_dir, device, log, step):
-    """Train the diffusion model, generate latent transitions and report their quality; or load them if they exist.
-
-    Returns: rows [num_samples, dim] as `real`, on the CPU. They are left in the run folder as synthetic.npz (latents
-    under D4RL's names of observations), the model as diffusion.pt, the histograms as marginals.png.
-    """
-    path = Path(args.synthetic_path or run_dir / "synthetic.npz")
-    if path.exists():
-        (run_dir / "synthetic.partial").unlink(missing_ok=True)
-        try:
-            with np.load(path) as f:
-                rows = edm.pack(**f)[:, :-1]
-        except Exception:  # truncated, not that format, keys of another script, ...
-            raise edm.RunError(f"{path} is damaged, or not a synthetic.npz of this script") from None
-        if rows.shape[1] != real.shape[1]:
-            raise edm.RunError(f"{path} has rows of {rows.shape[1]} numbers, and --latent wants {real.shape[1]}")
-        return rows
-    if (run_dir / "diffusion.pt").exists():
-        model = edm.load_edm(run_dir / "diffusion.pt", device)
-    else:
-        model = edm.train_edm(
-            real,
-            steps=args.diffusion_steps,
-            recipe=args.diffusion_recipe,
-            time_dim=256,  # 128 elsewhere offline, which is less than the 207 columns of DrQ+BC's rows
-            batch_size=args.diffusion_batch_size,
-            lr=args.diffusion_lr,
-            width=args.diffusion_width,
-            depth=args.diffusion_depth,
-            seed=args.diffusion_seed,
-            device=device,
-            compile=args.compile,
-            checkpoint_path=run_dir / "diffusion_checkpoint.pt",
-            checkpoint_every=args.checkpoint_every,
-            on_log=lambda diffusion_step, values: log(step + diffusion_step, values),
-        )
-        edm.save_edm(run_dir / "diffusion.pt", model)
-    (run_dir / "diffusion_checkpoint.pt").unlink(missing_ok=True)
-    sampling_time = time.time()
-    rows = edm.generate(
-        model,
-        args.num_samples,
-        sampler=args.sampler,
-        sample_steps=args.sample_steps,
-        batch_size=args.sample_batch_size,
-        seed=args.diffusion_seed,
-        partial_path=run_dir / "synthetic.partial",
-    )
-    step += args.diffusion_steps
-    log(step, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
-    report = edm.quality_report(real, rows)
-    for key in ("terminals", "terminals_real"):  # of the last column, which is a feature here
-        report.pop(key, None)
-    print(edm.format_report(report))
-    log(step, {f"diffusion/{key}": value for key, value in report.items()})
-    if report["nonfinite"] > 0:
-        raise edm.RunError(f"{report['nonfinite']:.1%} of the generated transitions hold NaN or Inf")
-    edm.plot_marginals(run_dir / "marginals.png", real, rows, latent_dim, act_dim)
-    z, action, reward, next_z = (part.numpy() for part in rows.split([latent_dim, act_dim, 1, latent_dim], dim=1))
-    saved = dict(observations=z, actions=action, rewards=reward[:, 0], next_observations=next_z)
-    edm.save_atomically(path, lambda f: np.savez(f, **saved, terminals=np.zeros(len(rows), bool)))
-    (run_dir / "synthetic.partial").unlink()
-    return rows
-
-
-# Copied from synther_td3bc.plot_learning_curve
-def plot_learning_curve(path, env_id, evaluations, unit):
-    """Draw mean and standard deviation over the episodes of each evaluation, [(time in units, returns), ...]."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    times = [t for t, _ in evaluations]
-    scores = normalized_score(env_id, np.array([returns for _, returns in evaluations]))
-    label = "normalised score"
-    if np.isnan(scores).all():
-        scores, label = np.array([returns for _, returns in evaluations]), "return"
-    mean, std = scores.mean(1), scores.std(1)
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
-    ax.plot(times, mean)
-    ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
-    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
-
-
-def plot_episode(path, film, title, images=10):
-    """A strip of images from an episode, evenly spaced, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    chosen = [film[i] for i in np.linspace(0, len(film) - 1, images).astype(int)]
-    fig, axes = plt.subplots(1, images, figsize=(1.2 * images, 1.5), layout="constrained")
-    for ax, image in zip(axes, chosen):
-        ax.imshow(image.transpose(1, 2, 0))
-        ax.axis("off")
-    fig.suptitle(title, fontsize=8)
-    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=100))
-    plt.close(fig)
-
-
-def main(args):
-    start_time = time.time()
+# Copied from synther_td3bc.parse_args
+def parse_args():
+    """The arguments of the command line. With --resume, those that the run was started with."""
+    args = tyro.cli(Args, description=__doc__)
     if args.resume:
-        args = load_resumed_args(args)
-    resolve(args)
-    check_args(args)
-    for name in ("dataset_path", "synthetic_path", "agent_path"):  # so that a run can be resumed from anywhere
-        if getattr(args, name):
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    task, env = args.env.rsplit("-", 1)[0], None
-    if args.eval_episodes:
-        choose_renderer()
         try:
-            env = PixelEnv(task)
-            env.reset(args.seed)
-        except Exception as error:  # MuJoCo's and OpenGL's, of many kinds
-            raise edm.RunError(f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from None
-    data = load_dataset(args)
-    act_dim = data["action"].shape[1]
-    if env and env.act_dim != act_dim:
-        raise edm.RunError(f"the dataset has {act_dim} action dimensions, {task} has {env.act_dim}")
-    if args.agent_path and not args.resume:
-        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args, "cpu")  # refuses one that does not fit
-    run_dir, log = start_run(args, start_time)
-    print(f"{len(data['frames']):,} images, {len(data['row']):,} transitions of {args.nstep} steps")
-    data = {key: x.to(device) for key, x in data.items()}
-    checkpoint_path, latents_path, agent_path = (run_dir / f"{x}.pt" for x in ("checkpoint", "latents", "agent"))
-    if args.agent_path and not agent_path.exists():
-        with open(Path(args.agent_path) / "agent.pt", "rb") as source:
-            edm.save_atomically(agent_path, lambda f: shutil.copyfileobj(source, f))
-    score_id, evaluations = f"dmc/{task}", []
+            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
+        args = tyro.cli(Args, default=saved)
+        changed = [name for name, value in vars(args).items() if value != getattr(saved, name)]
+        if changed := set(changed) - {"resume", "track", "wandb_project", "wandb_entity"}:
+            raise edm.RunError(f"{args.resume} was started with another {', '.join(changed)}")
+    return args
 
-    def train(stage, agent, updates, draw_and_update, make_policy, offset):
-        """Train an agent of either stage, with evaluations and checkpoints; `offset` is added to the logged steps."""
-        nonlocal evaluations, start_time
-        losses, noise, start = torch.zeros(len(LOSSES), device=device), torch.ones((), device=device), 0
-        if checkpoint_path.exists():
-            checkpoint = edm.load_file(checkpoint_path, device)
-            if checkpoint["stage"] == stage:
-                agent.load_state_dict(checkpoint["agent"])
-                for name, optimizer in agent.optimizers.items():
-                    optimizer.load_state_dict(checkpoint["optimizers"][name])
-                losses, evaluations, start = checkpoint["losses"], checkpoint["evaluations"], checkpoint["update"]
-                edm.set_rng_state(checkpoint["rng"], device)
-                start_time = time.time() - checkpoint["seconds"]
 
-        def train_step():
-            losses.add_(draw_and_update(noise))
+def load_agent(path, act_dim, args):
+    """The frozen encoder and trunks that stage 1 left in `path`, in an Agent, and its evaluations. RunError if it is of
+    another dataset, algorithm or size."""
+    saved = edm.load_file(path, args.device)
+    own = {"env": args.env, "algo": args.algo, "feature_dim": args.feature_dim}
+    if different := [f"{name}={x}" for name, x in saved["settings"].items() if x != own[name]]:
+        raise edm.RunError(f"{path} is an agent of {', '.join(different)}")
+    agent = Agent(act_dim, args, "stage1")
+    frozen = {name: x for name, x in saved["agent"].items() if name.startswith(("encoder", "actor_t", "critic_trunk"))}
+    agent.load_state_dict(frozen, strict=False)
+    return agent.requires_grad_(False), saved["evaluations"]
 
-        if device.type == "cuda" and args.compile != "off":
-            train_step = edm.cuda_graph(train_step)
 
-        def run_evaluation(update):
+def train(stage, agent, draw, make_policy, offset, evaluations, *, env, saved, log, save, run_dir, start_time, args):
+    """Train the agent of a stage, "stage1" or "stage2", with evaluations and checkpoints.
+
+    Args:
+        draw: function () -> a batch: the arguments of Agent.update without the noise.
+        make_policy: function () -> the policy for `evaluate`, on the CPU.
+        offset: updates of the stage before, added to the logged steps.
+        evaluations: list of (step, returns), which grows.
+        saved: the checkpoint of the run, to go on from if it is of this stage.
+    """
+    losses, noise, start = torch.zeros(2, device=args.device), torch.ones((), device=args.device), 0
+    updates = args.stage1_updates if stage == "stage1" else args.stage2_updates
+    if saved["stage"] == stage:
+        agent.load_state_dict(saved["agent"])
+        for name, optimizer in agent.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        losses.copy_(saved["losses"])
+        evaluations[:], start = saved["evaluations"], saved["update"] + 1
+        edm.set_rng_state(saved["rng"], args.device)
+
+    def train_step():
+        losses.add_(agent.update(*draw(), noise))
+
+    train_step = edm.cuda_graph(train_step) if args.device == "cuda" else train_step
+    bar = edm.Bar(range(start, updates + 1), stage, initial=start, total=updates + 1)
+    clock = time.time()
+    for update in bar:
+        if update > 0:
+            noise.fill_(1 - 0.9 * min((update - 1) / args.noise_duration, 1))
+            train_step()
+        if update > 0 and (update % 1_000 == 0 or update == updates):
+            count = update % 1_000 or 1_000
+            means = (losses / count).tolist()  # the only wait for the device
+            if not math.isfinite(sum(means)):
+                raise edm.RunError(f"a loss of {stage} is no longer finite, in updates {update - count} to {update}")
+            values = {f"train/{name}": mean for name, mean in zip(agent.LOSSES, means)}
+            log(offset + update, values | {"perf/updates_per_sec": count / (time.time() - clock)})
+            losses.zero_()
+            clock = time.time()
+        is_due = update % args.eval_every == 0 or update == updates
+        if args.eval_episodes and is_due and (update > 0 or not evaluations):  # stage 2 begins where stage 1 ended
+            pause = time.time()
             returns, film = evaluate(make_policy(), env, args.eval_episodes, args.seed)
             plot_episode(run_dir / "episode.png", film, f"{run_dir.name}: {stage}, {update:,} updates")
             evaluations.append((offset + update, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-            values["eval/normalized_score"] = normalized_score(score_id, returns).mean()
+            values["eval/normalized_score"] = normalized_score("dmc/", returns.mean())
             log(offset + update, values | {"perf/seconds": time.time() - start_time})
-            bar.set_postfix_str(", ".join(f"{key.removeprefix('eval/')} {value:.1f}" for key, value in values.items()))
+            bar.set_postfix({key.removeprefix("eval/"): f"{value:.1f}" for key, value in values.items()}, refresh=False)
+            clock += time.time() - pause  # the rate is the training's
+        if update > 0 and (update % args.checkpoint_every == 0 or update == updates):
+            optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
+            state = dict(stage=stage, update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
+            save(state | dict(evaluations=evaluations, rng=edm.get_rng_state(args.device)))
 
-        log_every = 1_000
-        bar = tqdm(range(start + 1, updates + 1), stage, initial=start, total=updates, **edm.BAR)
-        if args.eval_episodes and offset + start == 0:
-            run_evaluation(0)
-        last_time, last_log = time.time(), start - start % log_every
-        for update in bar:
-            noise.fill_(1 - 0.9 * min((update - 1) / args.noise_duration, 1))
-            train_step()
-            if update % log_every == 0 or update == updates:
-                means = (losses / (update - last_log)).tolist()  # the only wait for the device
-                if not math.isfinite(sum(means)):
-                    raise edm.RunError(
-                        f"a loss of the agent is no longer finite, between updates {last_log} and {update} of {stage}"
-                    )
-                values = {f"train/{name}": mean for name, mean in zip(LOSSES, means)}
-                rate = (update - max(last_log, start)) / (time.time() - last_time)
-                log(offset + update, values | {"perf/updates_per_sec": rate})
-                losses.zero_()
-                edm.trim_memory()
-                last_time, last_log = time.time(), update
-            if args.eval_episodes and (update % args.eval_every == 0 or update == updates):
-                pause = time.time()
-                run_evaluation(update)
-                last_time += time.time() - pause  # the rate is the training's
-            if update % args.checkpoint_every == 0 or update == updates:
-                state = {
-                    "stage": stage,
-                    "update": update,
-                    "seconds": time.time() - start_time,
-                    "agent": agent.state_dict(),
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
-                    "losses": losses,
-                    "evaluations": evaluations,
-                    "rng": edm.get_rng_state(device),
-                }
-                edm.save_atomically(checkpoint_path, lambda f: torch.save(state, f))
+
+def main(args):
+    # --- Arguments, images, environment ---
+    start_time = time.time()
+    edm.fill(args, dict(exp_name=f"synther_vd4rl-{args.algo}-{args.data}", nstep=3 if args.algo == "drqbc" else 1))
+    edm.check_args(args)
+    if args.algo == "bc" and args.latent != "both":
+        raise edm.RunError("--latent is a choice between the features of actor and critic; --algo bc has no critic")
+    if args.agent_path and not (Path(args.agent_path) / "agent.pt").is_file():
+        raise edm.RunError(f"no agent.pt in {args.agent_path}: --agent-path wants the run folder that trained stage 1")
+    if args.device == "cpu":
+        keep_freed_memory()
+    files, task = find_files(args), args.env.rsplit("-", 1)[0]
+    env = make_env(task) if args.eval_episodes else None
+    data = load_dataset(files, args)
+    act_dim = data["action"].shape[1]
+    if env and env.act_dim != act_dim:
+        raise edm.RunError(f"the dataset has {act_dim} action dimensions, {task} has {env.act_dim}")
+    if args.agent_path:
+        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # refuses one that does not fit
+    edm.resolve(args, len(data["row"]), args.env)
+    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
+    run_dir = Path(args.resume or Path(args.out_dir) / run_name)
+
+    # --- Run folder and log ---
+    if not args.resume:
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+    checkpoint = run_dir / "checkpoint.pt"
+    saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(stage="", log_size=0, seconds=0)
+    start_time -= saved["seconds"]
+    print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
+    metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
+    if not saved["log_size"]:
+        print("step,key,value", file=metrics)
+    if args.track:
+        import wandb
+
+        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=run_dir)
+        wandb.init(**where, config=vars(args), resume="allow")
+        wandb.define_metric("*", step_metric="step")
+
+    def log(step, values):
+        for key, value in values.items():
+            print(step, key, float(value), sep=",", file=metrics)
+        if args.track:
+            wandb.log(values | {"step": step})
+
+    def save(state):
+        state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time)
+        edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
 
     # --- Stage 1: from images ---
+    print(f"{len(data['frames']):,} images, {len(data['row']):,} transitions of {args.nstep} steps")
+    data = {key: x.to(args.device) for key, x in data.items()}
+    agent_path, latents_path = run_dir / "agent.pt", run_dir / "latents.pt"
+    run = dict(env=env, saved=saved, log=log, save=save, run_dir=run_dir, start_time=start_time, args=args)
+    evaluations = []
+    if args.agent_path and not agent_path.exists():
+        shutil.copy(Path(args.agent_path) / "agent.pt", f"{agent_path}.tmp")
+        os.replace(f"{agent_path}.tmp", agent_path)
     torch.manual_seed(args.seed)
     if not agent_path.exists():
-        agent = PixelAgent(act_dim, args, device)
+        agent = Agent(act_dim, args, "stage1")
 
-        def update_from_images(noise):
-            index = torch.randint(len(data["row"]), (args.batch_size,), device=device)
+        def draw_images():
+            index = torch.randint(len(data["row"]), (args.batch_size,), device=args.device)
             row, start = data["row"][index], data["start"][index]
             images = next_images = random_shift(stacked(data["frames"], row - 1, start))
             if args.algo == "drqbc":
                 next_images = random_shift(stacked(data["frames"], row + args.nstep - 1, start))
-            others = (data[key][index] for key in ("action", "reward", "discount"))
-            return agent.update(images, *others, next_images, noise)
+            return images, *(data[key][index] for key in ("action", "reward", "discount")), next_images
 
         def policy_from_images():
-            return copy.deepcopy(nn.Sequential(agent.encoder, agent.actor_trunk, agent.heads.policy)).cpu()
+            return copy.deepcopy(nn.Sequential(agent.encoder, agent.actor_trunk, agent.policy)).cpu()
 
-        train("stage1", agent, args.stage1_updates, update_from_images, policy_from_images, 0)
-        saved = {
-            "settings": {"env": args.env, "algo": args.algo, "feature_dim": args.feature_dim},
-            "agent": agent.state_dict(),
-            "evaluations": evaluations,
-            "seconds": time.time() - start_time,
-        }
-        edm.save_atomically(agent_path, lambda f: torch.save(saved, f))
-    agent, saved = load_agent(agent_path, act_dim, args, device)
-    offset = 0
-    if not args.agent_path:
-        evaluations, offset, start_time = saved["evaluations"], args.stage1_updates, time.time() - saved["seconds"]
+        train("stage1", agent, draw_images, policy_from_images, 0, evaluations, **run)
+        settings = dict(env=args.env, algo=args.algo, feature_dim=args.feature_dim)
+        state = dict(settings=settings, agent=agent.state_dict(), evaluations=evaluations)
+        edm.save_atomically(agent_path, lambda f: torch.save(state, f))
+    agent, agent_evaluations = load_agent(agent_path, act_dim, args)
+    offset = 0 if args.agent_path else args.stage1_updates
+    evaluations = [] if args.agent_path else agent_evaluations
 
-    # --- Latent transitions ---
+    # --- SynthER: train a diffusion model on the latent transitions and generate new ones ---
     if not latents_path.exists():  # kept, so that a resumed run has them to the last bit
-        rows = extract_latents(agent, data, args.diffusion_seed)
-        edm.save_atomically(latents_path, lambda f: torch.save(rows, f))
+        latents = extract_latents(agent, data, args)
+        edm.save_atomically(latents_path, lambda f: torch.save(latents, f))
     real = edm.load_file(latents_path)
     data = None  # gives the images' memory back
-    torch.manual_seed(args.seed)
-    heads = LatentAgent(act_dim, args, device)
-    if args.data == "real":
-        rows = real
-    else:
-        rows = make_synthetic(args, real, heads.latent_dim, act_dim, run_dir, device, log, offset)[: args.num_samples]
-    print(f"the heads learn from {len(rows):,} latent transitions ({args.data}); {len(real):,} are real in the dataset")
-    del real
-    rows = rows.to(device)
+    latent_dim = (real.shape[1] - act_dim - 1) // 2
+    synthetic_path, rows = run_dir / "synthetic.npz", real
+    if args.data == "synther" and synthetic_path.exists():
+        rows = edm.pack(**edm.load_transitions(synthetic_path))[:, :-1]
+    elif args.data == "synther":
+        saving = dict(saved=saved, save=save, save_every=args.checkpoint_every)
+        saving["log"] = lambda step, values: log(offset + step, values)
+        # time_dim is 128 elsewhere offline, which is less than the 207 columns of DrQ+BC's rows
+        model = edm.train_edm(real, args, time_dim=256, device=args.device, **saving)
+        edm.save_edm(run_dir / "diffusion.pt", model)
+        sampling_time = time.time()
+        rows = edm.generate(model, args.num_samples, args)
+        log(offset + args.diffusion_steps, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
+        edm.plot_marginals(run_dir / "marginals.png", real, rows, latent_dim, act_dim)
+        arrays = edm.unpack(F.pad(rows, (0, 1)), latent_dim, act_dim)  # nothing is terminal in these tasks
+        edm.save_atomically(synthetic_path, lambda f: np.savez(f, **arrays))
+    if args.data == "synther" and saved["stage"] != "stage2":
+        report = edm.quality_report(real, rows)
+        report = {key: value for key, value in report.items() if "terminals" not in key}  # the last column is a feature
+        print("sample quality:", report)
+        log(offset + args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
+    print(f"the heads learn from {len(rows):,} latent transitions ({args.data}); the dataset has {len(real):,}")
+    rows = rows.to(args.device)
 
     # --- Stage 2: new heads ---
-    def update_from_latents(noise):
-        return heads.update(rows[torch.randint(len(rows), (args.batch_size,), device=device)], noise)
+    torch.manual_seed(args.seed)
+    heads = Agent(act_dim, args, "stage2")  # from new weights
+
+    def draw_latents():
+        batch = rows[torch.randint(len(rows), (args.batch_size,), device=args.device)]
+        z, actions, rewards, next_z = batch.split([latent_dim, act_dim, 1, latent_dim], dim=1)
+        return z, actions, rewards[:, 0], args.discount**args.nstep, next_z
 
     def policy_from_latents():
-        frozen, new = copy.deepcopy((agent, heads))
-        frozen, new = frozen.cpu(), new.cpu()
-        return lambda images: new.heads.policy(new.features(frozen.latents(images))[0])
+        frozen, new = (copy.deepcopy(part).cpu() for part in (agent, heads))
+        return lambda images: new.policy(new.actor_trunk(frozen.latents(images)))
 
-    train("stage2", heads, args.stage2_updates, update_from_latents, policy_from_latents, offset)
+    train("stage2", heads, draw_latents, policy_from_latents, offset, evaluations, **run)
 
     # --- Results ---
     if evaluations:
-        returns = np.array([returns for _, returns in evaluations])
-        scores = normalized_score(score_id, returns)
-        updates = np.array([update for update, _ in evaluations])
-        final = dict(updates=updates, returns=returns, normalized_scores=scores)
-        edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **final))
+        updates, returns = (np.array(x) for x in zip(*evaluations))
+        scores = normalized_score("dmc/", returns)
+        arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
+        edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         unit = "updates of stage 1, then of stage 2" if offset else "updates of stage 2"
-        plot_learning_curve(run_dir / "learning_curve.png", score_id, evaluations, unit)
-        ends = [("stage 1, last", np.flatnonzero(updates <= offset)[-1])] if offset else []
-        for name, k in (*ends, ("stage 2, last", -1)):
-            print(
-                f"{name}: score {scores[k].mean():.1f} ± {scores[k].std():.1f}, return {returns[k].mean():.0f} ± "
-                f"{returns[k].std():.0f} over {args.eval_episodes} episodes"
-            )
+        plot_learning_curve(run_dir / "learning_curve.png", "dmc/", updates, returns, unit)
+        ends = [("stage 1", np.flatnonzero(updates <= offset)[-1])] if offset else []
+        for name, k in (*ends, ("stage 2", -1)):
+            print(f"{name}: normalised score {scores[k].mean():.1f} +- {scores[k].std():.1f}", end=", ")
+            print(f"return {returns[k].mean():.0f} +- {returns[k].std():.0f}")
     print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse_args())
     except (edm.RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -104,7 +104,7 @@ def resolve(args, num_rows, dataset=""):
     return args
 
 
-MAY_BE_ZERO = ("seed", "diffusion_seed", "eval_episodes", "synther_ratio", "policy_noise", "noise_clip", "alpha", "eta")
+MAY_BE_ZERO = "seed diffusion_seed eval_episodes synther_ratio policy_noise noise_clip alpha beta eta".split()
 AT_MOST_ONE = ("synther_ratio", "discount", "tau", "expectile")
 
 

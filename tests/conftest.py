@@ -10,8 +10,7 @@ os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
 

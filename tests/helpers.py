@@ -1,166 +1,118 @@
-"""What the tests of several scripts share."""
+"""What several tests share: small datasets, runs in this process, copies of a run's folder in the middle, comparisons."""
 
 import csv
-import signal
-import subprocess
-import time
+import runpy
+import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 import torch
-import torch.nn as nn
+from minari.data_collector import EpisodeBuffer
 
-import synther_td3bc
-from synther_td3bc import TRANSITION_KEYS
+import edm
 
 
-def d4rl_rows(n, seed=0, obs_dim=3, act_dim=2):
-    """The arrays of a D4RL file: every number differs from every other, so that mixed-up rows show."""
+def d4rl_rows(n, obs_dim=3, act_dim=2, seed=0):
+    """The arrays of a D4RL file. Every number differs from every other, so that mixed-up rows show."""
     rng = np.random.default_rng(seed)
     return {
-        "observations": rng.standard_normal((n, obs_dim)),
-        "actions": rng.uniform(-1, 1, (n, act_dim)),
-        "rewards": rng.standard_normal(n),
-        "next_observations": rng.standard_normal((n, obs_dim)),
+        "observations": rng.standard_normal((n, obs_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, act_dim)).astype(np.float32),
+        "rewards": rng.standard_normal(n).astype(np.float32),
+        "next_observations": rng.standard_normal((n, obs_dim)).astype(np.float32),
         "terminals": rng.random(n) < 0.1,
         "timeouts": rng.random(n) < 0.1,
     }
 
 
 def transitions(n, **options):
-    return {k: x for k, x in d4rl_rows(n, **options).items() if k != "timeouts"}
+    return {key: x for key, x in d4rl_rows(n, **options).items() if key in edm.KEYS}
 
 
-def collect_random(env_id, num_steps, seed=0):
-    """Transitions of uniformly random actions, Keys as `load_transitions`."""
-    env = synther_td3bc.make_env(env_id)
-    env.action_space.seed(seed)
-    obs, _ = env.reset(seed=seed)
-    steps = []
+def collect_random(env, num_steps):
+    """Transitions of uniformly random actions in an environment or Gymnasium id."""
+    env = gym.make(env) if isinstance(env, str) else env
+    env.action_space.seed(0)
+    steps, (obs, _) = [], env.reset(seed=0)
     for _ in range(num_steps):
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
         steps.append((obs, action, reward, next_obs, terminated))
         obs = env.reset()[0] if terminated or truncated else next_obs
-    data = {key: np.asarray(x, np.float32) for key, x in zip(TRANSITION_KEYS, zip(*steps))}
-    return data | {"terminals": data["terminals"].astype(bool)}
+    return {key: np.array(x) for key, x in zip(edm.KEYS, zip(*steps))}
 
 
-def write_hdf5(path, arrays):
-    with h5py.File(path, "w") as f:
-        for key, x in arrays.items():
-            f[key] = x
+def write(path, arrays):
+    """Write arrays to an .npz or HDF5 file. Returns the path as a string."""
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as f:
+            for key, x in arrays.items():
+                f[key] = x
     return str(path)
 
 
-def write_npz(path, arrays):
-    np.savez(path, **arrays)
-    return str(path)
+def make_minari(monkeypatch, folder, **options):
+    """A local Minari dataset test/two-v0 of two episodes, one terminated, one truncated. Returns its transitions."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
+    rng, buffers, parts = np.random.default_rng(0), [], []
+    for i, n in enumerate([7, 5]):
+        obs, actions = rng.uniform(-1, 1, (n + 1, 3)).astype(np.float32), rng.uniform(-1, 1, (n, 1)).astype(np.float32)
+        rewards, last = rng.standard_normal(n), np.arange(n) == n - 1
+        buffers.append(EpisodeBuffer(i, None, None, obs, actions, rewards, last & (i == 0), last & (i == 1)))
+        parts.append((obs[:-1], actions, rewards, obs[1:], last & (i == 0)))
+    with warnings.catch_warnings(action="ignore"):
+        minari.create_dataset_from_buffers("test/two-v0", buffers, **options)
+    return {key: np.concatenate(x) for key, x in zip(edm.KEYS, zip(*parts))}
 
 
-def assert_same_data(actual, expected):
-    assert list(actual) == list(TRANSITION_KEYS)
-    for key, x in actual.items():
-        assert x.dtype == (bool if key == "terminals" else np.float32), key
-        np.testing.assert_array_equal(x, np.asarray(expected[key]).astype(x.dtype), err_msg=key)
+def command(monkeypatch, script, **options):
+    """Run a script as from the shell, `python script.py --name value ...`, but in this process."""
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+    runpy.run_path(script.__file__, run_name="__main__")
+
+
+def run(script, out_dir, **options):
+    """main() of a script with these arguments. Returns the run folder."""
+    before = set(Path(out_dir).glob("*"))
+    script.main(script.Args(out_dir=str(out_dir), **options))
+    (folder,) = set(Path(out_dir).glob("*")) - before
+    return folder
+
+
+def copy_before_writes(monkeypatch, target):
+    """From now on, before a file is replaced, its folder is copied to target/0, target/1, ...: what a kill leaves."""
+    original, count = edm.save_atomically, 0
+
+    def save_atomically(path, write):
+        nonlocal count
+        shutil.copytree(Path(path).parent, target / str(count))
+        count += 1
+        original(path, write)
+
+    monkeypatch.setattr(edm, "save_atomically", save_atomically)
 
 
 def read_metrics(folder):
-    """{(step, key): value}, and a check that no entry comes twice."""
+    """{(step, key): value} of a run's log, where no entry comes twice."""
     with open(folder / "metrics.csv") as f:
-        rows = [(int(row["step"]), row["key"], float(row["value"])) for row in csv.DictReader(f)]
-    assert len({row[:2] for row in rows}) == len(rows)
-    return {(step, key): value for step, key, value in rows}
+        rows = [((int(row["step"]), row["key"]), float(row["value"])) for row in csv.DictReader(f)]
+    assert len(dict(rows)) == len(rows)
+    return dict(rows)
 
 
-def assert_same_state(a, b, where="checkpoint"):
+def assert_same_state(a, b, where="state"):
     """Equality to the last bit of nested dicts, lists, tensors and numbers."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
+    if isinstance(a, (dict, list, tuple)):
         assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same_state(x, y, f"{where}[{i}]")
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same_state(a[key], b[key], f"{where}.{key}")
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
-
-
-def snapshot(module):
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
-
-
-def agent_rows(n, obs_dim=3, act_dim=2):
-    rows = torch.randn(n, 2 * obs_dim + act_dim + 2)
-    rows[:, -1] = (rows[:, -1] > 1).to(rows.dtype)
-    return rows
-
-
-def separate_critics(critic):
-    """The Q-functions of an EnsembleCritic as ordinary MLPs with the same weights."""
-    mlps = []
-    for k in range(len(critic.weights[0])):
-        layers = []
-        for weight, bias in zip(critic.weights, critic.biases):
-            linear = nn.Linear(*weight.shape[1:])
-            with torch.no_grad():
-                linear.weight.copy_(weight[k].T)
-                linear.bias.copy_(bias[k, 0])
-            layers += [linear, nn.ReLU()]
-        mlps.append(nn.Sequential(*layers[:-1]))
-    return mlps
-
-
-class PointEnv(gym.Env):
-    """A point in the square [-1, 1]^2 that moves by a tenth of the action. Reward: minus the distance from the middle.
-
-    An episode ends when the point leaves the square (with a penalty) or after 30 steps.
-    """
-
-    observation_space = gym.spaces.Box(-2, 2, (2,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position = self.np_random.uniform(-0.9, 0.9, 2)
-        return self.position.astype(np.float32), {}
-
-    def step(self, action):
-        self.position = self.position + 0.1 * np.clip(action, -1, 1)
-        outside = bool(np.abs(self.position).max() > 1)
-        reward = -float(np.linalg.norm(self.position)) - outside
-        return self.position.astype(np.float32), reward, outside, False, {}
-
-
-gym.register("Point-v0", PointEnv, max_episode_steps=30)
-
-
-def flags(**options):
-    return [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
-
-
-def wait_and_kill(command, cwd, ready):
-    """Start a script, SIGKILL it as soon as ready(run folder) holds, and return the folder."""
-    known = set((cwd / "runs").glob("*"))
-    with open(cwd / "output.txt", "a") as output:
-        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.time() + 100
-        while True:
-            folders = [Path(command[command.index("--resume") + 1])] if "--resume" in command else (
-                set((cwd / "runs").glob("*")) - known
-            )  # fmt: skip
-            for folder in folders:
-                if ready(folder):
-                    process.send_signal(signal.SIGKILL)
-                    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed: make it longer"
-                    return folder
-            assert process.poll() is None and time.time() < deadline, (cwd / "output.txt").read_text()[-3000:]
-            time.sleep(0.002)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()

@@ -2,7 +2,7 @@
 
     python tests/bench/gpu.py --data walker2d_medium_replay.hdf5
 
-1. CUDA agrees with the CPU: denoiser, sampler and 200 agent updates from the same weights, noise and batches; and CUDA
+1. CUDA agrees with the CPU: 20 steps of the sampler and 200 agent updates from the same weights, noise and batches. CUDA
    graphs agree with eager steps, offline and online.
 2. The table of bench.py.
 3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates),
@@ -10,11 +10,9 @@
 4. The online experiment on HalfCheetah, 100,000 steps, with all three methods, timed.
 5. With --data: the paper's recipe in full on 45,000 rows, and `fast` in the same seconds and a tenth of them.
 
---only picks one of the five; --quick shrinks the last three to try the command; with --device cpu everything but the
-graphs can be tried without a GPU.
+--only picks one of the five. --quick shrinks the last four. `--quick --device cpu` tries the command without a GPU.
 """
 
-import copy
 import subprocess
 import sys
 import tempfile
@@ -39,7 +37,7 @@ from dynamics import dynamics_scores
 @dataclass
 class Args:
     data: Optional[str] = None
-    """D4RL-layout HDF5 of Walker2d for the third and fifth part"""
+    """D4RL-layout HDF5 of Walker2d for the third and fifth part; without it, the third downloads D4RL's"""
     out_dir: str = "runs"
     """where its run folders go"""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -47,7 +45,10 @@ class Args:
     only: Optional[Literal["agreement", "bench", "experiment", "online", "recipes"]] = None
     """one part alone"""
     quick: bool = False
-    """tiny sizes in the last three parts"""
+    """small sizes"""
+
+
+# --- Agreement --------------------------------------------------------------------------------------------------------
 
 
 def largest_difference(a, b):
@@ -56,137 +57,128 @@ def largest_difference(a, b):
 
 
 @torch.no_grad()
-def denoiser_difference(device):
-    """Relative differences between device and CPU: one call of the default denoiser, and 20 calls of the sampler."""
+def sampler_difference(device):
+    """Relative difference between device and CPU after 20 calls of the default denoiser by the sampler."""
     torch.manual_seed(0)
-    model = edm.EDM(42)
-    other = copy.deepcopy(model).to(device)
-    x, sigmas = torch.randn(256, 42), edm.karras_sigmas(20)
-    call = largest_difference(other(x.to(device), 0.5), model(x, 0.5))
-    return call, largest_difference(
-        edm.sample_dpmpp(other, 80 * x.to(device), sigmas), edm.sample_dpmpp(model, 80 * x, sigmas)
-    )
+    model, x, sigmas = edm.EDM(42), 80 * torch.randn(256, 42), edm.karras_sigmas(20)
+    rows = edm.sample_dpmpp(model, x, sigmas)
+    return largest_difference(edm.sample_dpmpp(model.to(device), x.to(device), sigmas), rows)
 
 
 def agent_difference(device, updates=200):
-    """Relative difference of the actor's actions after the same updates on device and CPU, target noise off."""
-    args = synther_td3bc.Args(policy_noise=0.0)
-    torch.manual_seed(0)
-    agents = [synther_td3bc.TD3BC(17, 6, 1.0, args, d) for d in (device, "cpu")]
-    agents[0].load_state_dict(copy.deepcopy(agents[1].state_dict()))
+    """Relative difference of the actor's actions after the same updates on device and CPU, without target noise."""
+    agents = []
+    for d in (device, "cpu"):
+        torch.manual_seed(0)
+        agents.append(synther_td3bc.TD3BC(17, 6, 1.0, synther_td3bc.Args(policy_noise=0.0, device=d)))
     for i in range(updates):
         batch = torch.randn(256, 42)
-        batch[:, -1] = (batch[:, -1] > 2).float()
-        for agent, d in zip(agents, (device, "cpu")):
-            agent.update_critic(batch.to(d))
+        batch[:, -1] = batch[:, -1] > 2
+        for agent in agents:
+            agent.update_critic(batch.to(agent.args.device))
             if i % 2:
-                agent.update_actor(batch.to(d))
+                agent.update_actor(batch.to(agent.args.device))
     x = torch.randn(256, 17)
     with torch.no_grad():
         return largest_difference(agents[0].actor(x.to(device)), agents[1].actor(x))
 
 
-def graph_difference(device):
-    """Relative difference of the weights after 300 diffusion steps as CUDA graphs and eagerly, from the same seed."""
-    rows = torch.randn(5_000, 42)
-    options = dict(steps=300, width=256, device=device, progress=False)
-    a, b = (edm.train_edm(rows, compile=compile, **options) for compile in ("auto", "off"))
-    return max(largest_difference(x, y) for x, y in zip(a.parameters(), b.parameters()))
+def graph_difference(run):
+    """Relative difference of what run() computes, a dict of tensors, with CUDA graphs and with eager steps."""
+    recorded, cuda_graph = run(), edm.cuda_graph
+    edm.cuda_graph = lambda step: step
+    eager = run()
+    edm.cuda_graph = cuda_graph
+    return max(largest_difference(recorded[name], eager[name]) for name in recorded)
 
 
-def offline_graph_difference(script, device):
-    """Relative difference of the critics after 300 updates on the bundled data as CUDA graphs and eagerly."""
-    critics = []
-    for compile in ("auto", "off"):
-        with tempfile.TemporaryDirectory() as folder:
-            options = dict(data="real", updates=300, eval_episodes=0, out_dir=folder, device=device, compile=compile)
-            script.main(script.Args(**options))
-            (path,) = Path(folder).glob("*/checkpoint.pt")
-            critics.append(torch.load(path, map_location="cpu", weights_only=True)["agent"]["critic"])
-    return max(largest_difference(critics[0][name], critics[1][name]) for name in critics[0])
+def train_a_little(script, device, **options):
+    """The critics' weights after a run of a script without evaluation."""
+    with tempfile.TemporaryDirectory() as folder:
+        script.main(script.Args(eval_episodes=0, out_dir=folder, device=device, **options))
+        agent = edm.load_file(next(Path(folder).glob("*/checkpoint.pt")))["agent"]
+    return {name: x for name, x in agent.items() if name.startswith("critic.")}
 
 
-def online_graph_difference(device):
-    """Relative difference of the critics after a short online run of Pendulum as CUDA graphs and eagerly."""
-    critics = []
-    for compile in ("auto", "off"):
-        with tempfile.TemporaryDirectory() as folder:
-            options = dict(total_steps=400, learning_starts=100, retrain_every=250, diffusion_steps=100)
-            options |= dict(eval_episodes=0, out_dir=folder, device=device, compile=compile)
-            synther_sac_online.main(synther_sac_online.Args(**options))
-            (path,) = Path(folder).glob("*/checkpoint.pt")
-            critics.append(torch.load(path, map_location="cpu", weights_only=True)["agent"]["critic"])
-    return max(largest_difference(critics[0][name], critics[1][name]) for name in critics[0])
+def agreement(device):
+    print(f"{device} against CPU, relative: 20 steps of the sampler {sampler_difference(device):.1e}")
+    print(f"200 agent updates: {agent_difference(device):.1e}")
+    rows, few = torch.randn(5_000, 42), edm.DiffusionArgs(diffusion_steps=300, diffusion_width=256)
+    difference = graph_difference(lambda: dict(edm.train_edm(rows, few, device=device).denoiser.named_parameters()))
+    print(f"graphs against eager steps, 300 diffusion steps: {difference:.1e}")
+    online = dict(env="Pendulum-v1", total_steps=400, learning_starts=100, retrain_every=250, diffusion_steps=100)
+    for script in (synther_td3bc, synther_iql, synther_edac, synther_sac_online):
+        options = online if script is synther_sac_online else dict(data="real", updates=300)
+        difference = graph_difference(lambda: train_a_little(script, device, **options))
+        print(f"graphs against eager steps, {script.__name__}: {difference:.1e}", flush=True)
 
 
-def timed_training(rows, recipe, steps, device):
-    """A model trained by a recipe, and its seconds."""
-    start = time.time()
-    model = edm.train_edm(rows, steps=steps, recipe=recipe, skip=[rows.shape[1] - 1], device=device)
-    return model, time.time() - start
+# --- Experiments ------------------------------------------------------------------------------------------------------
 
 
-def compare_recipes(args):
-    """The paper's recipe in full, then `fast` for as long and for a tenth of that: quality of the samples."""
-    rows = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:45_000]]
-    paper_steps, trial_steps, num_samples = (200, 50, 2000) if args.quick else (100_000, 2_000, 100_000)
-    timed_training(rows, "fast", trial_steps, args.device)  # the first training on a GPU is slower
-    _, trial = timed_training(rows, "fast", trial_steps, args.device)
-    model, seconds = timed_training(rows, "paper", paper_steps, args.device)
-    for recipe, share in (("paper", 1), ("fast", 1), ("fast", 0.1)):
-        took = seconds
-        if recipe == "fast":
-            model, took = timed_training(rows, "fast", round(share * seconds / trial * trial_steps), args.device)
-        for sampler in ("dpmpp", "sde"):
-            new = edm.generate(model, num_samples, sampler=sampler).cpu()
-            new[:, -1] = new[:, -1] > 0.5
-            scores = edm.quality_report(rows, new) | dynamics_scores("Walker2d-v4", edm.unpack(new[:10_000], 17, 6))
-            scores = {key: round(scores[key], 4) for key in ("marginal", "correlation", "dynamics", "recall")}
-            print(f"{recipe}, {took:.0f} s of training, {sampler}: {scores}", flush=True)
-
-
-def run(script, options, args):
+def run(args, script, *options):
     """Run a script of the project and print its time."""
     start = time.time()
-    options = options + ["--device", args.device, "--out-dir", args.out_dir]
+    options = [*map(str, options), "--device", args.device, "--out-dir", args.out_dir]
     subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
     print(f"{script} {' '.join(options)}: {time.time() - start:.0f} s", flush=True)
 
 
+def experiment(args, small):
+    common = ["--env", "walker2d-medium-replay-v2", *(small + ["--updates", 500] if args.quick else [])]
+    common += ["--dataset-path", args.data] if args.data else []
+    for data in ("synther", "real"):
+        run(args, "synther_td3bc.py", *common, "--data", data)
+    samples = max(Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz"), key=lambda x: x.stat().st_mtime)
+    for script in ("synther_iql.py", "synther_edac.py"):
+        run(args, script, *common, "--synthetic-path", samples)
+        run(args, script, *common, "--data", "real")
+
+
+def online(args, small):
+    small = small + ["--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600] if args.quick else []
+    for algo in ("synther", "redq", "sac"):
+        run(args, "synther_sac_online.py", "--env", "HalfCheetah-v4", "--algo", algo, *small)
+
+
+def recipes(args):
+    """The paper's recipe in full, then `fast` for as long and for a tenth of that: quality of the samples."""
+    rows = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:45_000]]
+
+    def train(recipe, steps):
+        start, options = time.time(), edm.DiffusionArgs(diffusion_recipe=recipe, diffusion_steps=steps)
+        return edm.train_edm(rows, options, flags=[-1], device=args.device), time.time() - start
+
+    trial_steps = 50 if args.quick else 2_000
+    train("fast", trial_steps)  # the first training on a GPU is slower
+    step_seconds = train("fast", trial_steps)[1] / trial_steps
+    model, seconds = train("paper", 200 if args.quick else 100_000)
+    for recipe, share in (("paper", 1), ("fast", 1), ("fast", 0.1)):
+        if recipe == "fast":
+            model, _ = train("fast", round(share * seconds / step_seconds))
+        for sampler in ("dpmpp", "sde"):
+            new = edm.generate(model, 2_000 if args.quick else 100_000, edm.DiffusionArgs(sampler=sampler))
+            new[:, -1] = new[:, -1] > 0.5
+            scores = edm.quality_report(rows, new) | dynamics_scores("Walker2d-v4", edm.unpack(new[:10_000], 17, 6))
+            scores = {key: round(scores[key], 4) for key in ("marginal", "correlation", "dynamics", "recall")}
+            print(f"{recipe}, {share * seconds:.0f} s of training, {sampler}: {scores}", flush=True)
+
+
 def main(args):
+    small = ["--diffusion-steps", 200, "--diffusion-width", 64, "--num-samples", 20_000]
     if args.only in (None, "agreement"):
-        call, sample = denoiser_difference(args.device)
-        print(f"{args.device} against CPU, relative: denoiser {call:.1e}, sampler of 20 calls {sample:.1e}, ", end="")
-        print(f"200 agent updates {agent_difference(args.device):.1e}")
-        print(f"graphs against eager steps, 300 diffusion steps: {graph_difference(args.device):.1e}")
-        print(f"and 300 steps of SynthER online: {online_graph_difference(args.device):.1e}", flush=True)
-        for script in (synther_td3bc, synther_iql, synther_edac):
-            difference = offline_graph_difference(script, args.device)
-            print(f"and 300 updates of {script.__name__}: {difference:.1e}", flush=True)
+        agreement(args.device)
     if args.only in (None, "bench"):
-        subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device], check=True)
-    diffusion = ["--diffusion-steps", "200", "--diffusion-width", "64", "--num-samples", "20000"]
+        command = [sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device]
+        subprocess.run(command + ["--quick"] * args.quick, check=True)
     if args.only in (None, "experiment"):
-        small = diffusion + ["--updates", "2000"]
-        for data in ("synther", "real"):
-            options = ["--env", "walker2d-medium-replay-v2", "--data", data]
-            options += ["--dataset-path", args.data] if args.data else []
-            run("synther_td3bc.py", options + small * args.quick, args)
-        folders = Path(args.out_dir).glob("walker2d-medium-replay-v2__synther_td3bc__*/synthetic.npz")
-        samples = max(folders, key=lambda path: path.stat().st_mtime)
-        for script in ("synther_iql.py", "synther_edac.py"):
-            for source in (["--synthetic-path", str(samples)], ["--data", "real"]):
-                options = ["--env", "walker2d-medium-replay-v2", *source]
-                options += ["--dataset-path", args.data] if args.data else []
-                run(script, options + small * args.quick, args)
+        experiment(args, small)
     if args.only in (None, "online"):
-        small = diffusion + ["--total-steps", "1500", "--learning-starts", "500", "--retrain-every", "700"]
-        for algo in ("synther", "redq", "sac"):
-            run("synther_sac_online.py", ["--env", "HalfCheetah-v4", "--algo", algo] + small * args.quick, args)
+        online(args, small)
     if args.data and args.only in (None, "recipes"):
-        compare_recipes(args)
+        recipes(args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

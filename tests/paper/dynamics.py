@@ -1,62 +1,67 @@
-"""How true generated transitions are: each is replayed in the simulator from its own (s, a)."""
+"""How true generated transitions are: each is replayed in the simulator from its own (s, a). Used by other studies."""
 
+import sys
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+
+sys.path.append(str(Path(__file__).parents[2]))
+import edm
 
 # Observation = qpos without the x position, then qvel (clipped at 10 in Walker2d and Hopper): the size of qpos.
 NQ = {"HalfCheetah-v4": 9, "Hopper-v4": 6, "Walker2d-v4": 9}
 
 
-def simulate(env_id, observations, actions):
-    """One simulator step from each state and action (Figure 5, and Lu et al. 2023).
+@dataclass(kw_only=True)
+class ModelArgs:
+    data: str
+    """D4RL-layout HDF5 that the model was trained on"""
+    model: str
+    """diffusion.pt of a run folder"""
+    env: str = "Walker2d-v4"
+    """simulator"""
+    true_next_obs: bool = False
+    """as the model was trained"""
 
-    Args: observations [N, obs_dim], actions [N, act_dim]. Only rows whose state can be recovered are simulated: where
-    an observed velocity is within 0.01 of the clip at 10, the true one is unknown.
 
-    Returns: dict of arrays over the n simulated rows: `index` [n] into the arguments, `next_observations` [n, obs_dim],
-    `rewards` [n], `terminals` [n].
-    """
-    nq = NQ[env_id]
-    observations, actions = np.asarray(observations, np.float64), np.asarray(actions, np.float64)
-    known = np.isfinite(observations).all(1)
-    if env_id != "HalfCheetah-v4":
-        known &= (np.abs(observations[:, nq - 1 :]) < 9.99).all(1)
-    index = np.flatnonzero(known)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        env = gym.make(env_id).unwrapped
-    env.reset(seed=0)
-    steps = []
-    for i in index:
-        env.set_state(np.concatenate([[0.0], observations[i, : nq - 1]]), observations[i, nq - 1 :])
-        steps.append(env.step(np.clip(actions[i], -1, 1))[:3])
-    next_observations, rewards, terminals = (np.array(x) for x in zip(*steps))
-    return {"index": index, "next_observations": next_observations, "rewards": rewards, "terminals": terminals}
+def load(args):
+    """The rows [N, dim] of args.data, and the sizes of observations and actions."""
+    data = edm.load_transitions(args.data, args.true_next_obs)
+    return edm.pack(**data), data["observations"].shape[1], data["actions"].shape[1]
 
 
 def dynamics_scores(env_id, data):
-    """Compare generated transitions (dict of `edm.unpack`) with the simulator. Returns a dict:
+    """Compare generated transitions (dict of `edm.unpack`) with the simulator (Figure 5). Returns a dict:
 
-    dynamics: median over the rows of the squared error of s', mean over its dimensions, in raw units; rows that are
+    dynamics: median over the rows of the squared error of s', mean over its dimensions, in raw units. Rows that are
         terminal in the data or the simulator are left out, because D4RL's s' is another episode's there.
     reward: median squared error of the reward on the same rows.
     falls: share of rows that end the episode in the simulator.
     recall, precision: share of these rows that the data call terminal, and of the terminal rows that are such.
-    simulated: share of rows that could be simulated.
     """
-    sim = simulate(env_id, data["observations"], data["actions"])
-    index = sim["index"]
-    flagged, falls = data["terminals"][index], sim["terminals"]
-    going_on = ~flagged & ~falls
-    error = ((data["next_observations"][index] - sim["next_observations"]) ** 2).mean(1)[going_on]
-    reward_error = ((data["rewards"][index] - sim["rewards"]) ** 2)[going_on]
+    data = {key: np.asarray(x, bool if key == "terminals" else np.float64) for key, x in data.items()}
+    nq, states = NQ[env_id], data["observations"]
+    known = np.isfinite(states).all(1)
+    if env_id != "HalfCheetah-v4":  # where a velocity is clipped, the true one is unknown
+        known &= (np.abs(states[:, nq - 1 :]) < 9.99).all(1)
+    data = {key: x[known] for key, x in data.items()}
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
+        env = gym.make(env_id).unwrapped
+    env.reset(seed=0)
+    steps = []
+    for s, a in zip(data["observations"], data["actions"]):
+        env.set_state(np.concatenate([[0.0], s[: nq - 1]]), s[nq - 1 :])
+        steps.append(env.step(np.clip(a, -1, 1))[:3])
+    next_observations, rewards, falls = map(np.array, zip(*steps))
+    going_on = ~data["terminals"] & ~falls
+    hits = (data["terminals"] & falls).sum()
     return {
-        "dynamics": float(np.median(error)),
-        "reward": float(np.median(reward_error)),
+        "dynamics": float(np.median(((data["next_observations"] - next_observations) ** 2).mean(1)[going_on])),
+        "reward": float(np.median(((data["rewards"] - rewards) ** 2)[going_on])),
         "falls": float(falls.mean()),
-        "recall": float((flagged & falls).sum() / max(falls.sum(), 1)),
-        "precision": float((flagged & falls).sum() / max(flagged.sum(), 1)),
-        "simulated": len(index) / len(data["terminals"]),
+        "recall": float(hits / max(falls.sum(), 1)),
+        "precision": float(hits / max(data["terminals"].sum(), 1)),
     }

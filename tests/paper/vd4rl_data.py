@@ -4,12 +4,13 @@
     python tests/paper/vd4rl_data.py --env walker-walk-mixed --run runs/dmc-walker-walk__... --episodes 40
     python synther_vd4rl.py --env walker-walk-mixed --dataset-path vd4rl_data
 
-About 30 images a second on a CPU, whatever their size: 40 episodes of 501 images take 11 minutes. An episode of level
-`expert` is the agent's, one of `random` has random actions and needs no agent, and in one of `mixed` each action is
-random with a probability that is drawn once for the episode. As in V-D4RL every action is held for two steps of the
-simulator; the agent learned to choose one for each, so it plays a little worse than in its own run.
+About 30 images a second on a CPU: 40 episodes of 501 images take 11 minutes. An episode of level `expert` is the
+agent's. One of `random` has random actions and needs no agent. In one of `mixed` each action is random with a
+probability that is drawn once for the episode. As in V-D4RL every action is held for two steps of the simulator. The
+agent learned to choose one for each step, so it plays a little worse than in its own run.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ import h5py
 import numpy as np
 import torch
 import tyro
-from tqdm import trange
 
 sys.path.append(str(Path(__file__).parents[2]))
 import edm
 import synther_sac_online
 import synther_vd4rl
+
+TYPES = dict(observation=np.uint8, action=np.float32, reward=np.float32, discount=np.float32, step_type=np.int64)
 
 
 @dataclass
@@ -41,22 +43,6 @@ class Args:
     """seed of the tasks and the actions"""
 
 
-def load_actor(run, env):
-    """The actor of a run of synther_sac_online.py. Raises RunError if there is none for this task."""
-    obs_dim = sum(int(np.prod(spec.shape)) for spec in env.env.observation_spec().values())
-    try:
-        state = edm.load_file(Path(run) / "checkpoint.pt", "cpu")["agent"]["actor"]
-    except KeyError:
-        raise edm.RunError(f"{run} is no run folder of synther_sac_online.py") from None
-    hidden_dim, layers = state["mean.weight"].shape[1], len([name for name in state if name.startswith("net")]) // 2
-    actor = synther_sac_online.TanhGaussianActor(obs_dim, env.act_dim, hidden_dim, layers)
-    try:
-        actor.load_state_dict(state)
-    except RuntimeError:  # other sizes
-        raise edm.RunError(f"the agent in {run} has learned another task") from None
-    return actor
-
-
 @torch.no_grad()
 def main(args):
     task, _, level = args.env.rpartition("-")
@@ -64,19 +50,20 @@ def main(args):
         raise edm.RunError(f"--env must be walker-walk or cheetah-run, then -random, -mixed or -expert, not {args.env}")
     if level != "random" and not args.run:
         raise edm.RunError(f"{args.env} needs --run, an agent that acts")
-    if args.episodes < 1 or args.seed < 0:
-        raise edm.RunError("--episodes must be at least 1, and --seed at least 0")
     folder = Path(args.out) / "main" / task.replace("-", "_") / synther_vd4rl.LEVELS[level] / "84px"
     if any(folder.glob(f"episode_{args.seed}_*")):
         raise edm.RunError(f"{folder} has episodes of seed {args.seed} already; give another --seed to add to them")
-    synther_vd4rl.choose_renderer()
-    env = synther_vd4rl.PixelEnv(task)
-    actor = load_actor(args.run, env) if level != "random" else None
+    env = synther_vd4rl.make_env(task)
+    if level != "random":
+        saved = edm.load_file(Path(args.run) / "checkpoint.pt")["agent"]
+        run = synther_sac_online.Args(**json.loads((Path(args.run) / "args.json").read_text()) | {"device": "cpu"})
+        agent = synther_sac_online.SAC(saved["critic.weights.0"].shape[1] - env.act_dim, env.act_dim, run)
+        agent.load_state_dict(saved)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     returns = []
-    for episode in trange(args.episodes, desc=args.env):
+    for episode in edm.Bar(range(args.episodes), args.env):
         share = {"random": 1.0, "expert": 0.0, "mixed": rng.uniform()}[level]  # of random actions
         images, ended = env.reset(10_000 * args.seed + episode), False
         rows = [(images[-3:], np.zeros(env.act_dim), 0.0, 1.0, 0)]
@@ -85,21 +72,14 @@ def main(args):
                 action = rng.uniform(-1, 1, env.act_dim)
             else:
                 observation = np.concatenate([np.ravel(x) for x in env.observation.values()])
-                action = actor.sample(torch.as_tensor(observation, dtype=torch.float32)[None])[0][0].numpy()
+                action = agent.actor.sample(torch.as_tensor(observation, dtype=torch.float32)[None])[0][0].numpy()
             images, reward, ended = env.step(action)
             rows.append((images[-3:], action, reward, 1.0, 2 if ended else 1))
-        names = ("observation", "action", "reward", "discount", "step_type")
-        types = (np.uint8, np.float32, np.float32, np.float32, np.int64)
-        arrays = {name: np.array(x, dtype) for name, dtype, x in zip(names, types, zip(*rows))}
-
-        def write(f):
-            with h5py.File(f, "w") as file:
-                for name, x in arrays.items():
-                    file.create_dataset(name, data=x, compression="gzip" if name == "observation" else None)
-
-        edm.save_atomically(folder / f"episode_{args.seed}_{episode:04}.hdf5", write)
-        returns.append(arrays["reward"].sum())
-    print(f"{folder}: {args.episodes} episodes, return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
+        with h5py.File(folder / f"episode_{args.seed}_{episode:04}.hdf5", "w") as f:
+            for (name, dtype), x in zip(TYPES.items(), zip(*rows)):
+                f.create_dataset(name, data=np.array(x, dtype), compression="gzip" if name == "observation" else None)
+        returns.append(sum(row[2] for row in rows))
+    print(f"{folder}: {args.episodes} episodes, return {np.mean(returns):.0f} +- {np.std(returns):.0f}")
 
 
 if __name__ == "__main__":

@@ -503,11 +503,11 @@ def main(args):
             values["perf/diffusion_seconds"] = sampling_time - pause
             values["perf/samples_per_sec"] = len(rows) / (time.time() - sampling_time)
             report = edm.quality_report(real, rows)
-            edm.save_edm(run_dir / "diffusion.pt", model)
             edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
             edm.save_atomically(run_dir / "synthetic.npz", lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
             print("sample quality:", report)
             log(t, values | {f"diffusion/{key}": value for key, value in report.items()})
+            edm.save_edm(run_dir / "diffusion.pt", model)  # last: until here, a warm start needs the one before
             synthetic, model_step = rows.to(args.device), t
             save(t)
             clock += time.time() - pause  # the rate is the agent's

@@ -120,7 +120,7 @@ def test_dmc_equals_the_suite(env_id, obs_dim, act_dim):
     """Observations in dm_control's order, its rewards, seeded resets, 1000 steps and then a time limit."""
     from dm_control import suite
 
-    env = online.make_env(env_id)
+    env = online.make_env(env_id).unwrapped
     assert (env.observation_space.shape, env.action_space.shape) == ((obs_dim,), (act_dim,))
     dm_env = suite.load(*env_id[4:].split("-"), task_kwargs={"random": 7})
     expected, (obs, _) = dm_env.reset(), env.reset(seed=7)
@@ -128,7 +128,7 @@ def test_dmc_equals_the_suite(env_id, obs_dim, act_dim):
     for t in range(1_000):
         if t in (0, 1, 500, 999):
             np.testing.assert_array_equal(obs, np.hstack([*map(np.ravel, expected.observation.values())]).astype("f"))
-        action = rng.uniform(-1, 1, act_dim).astype(np.float32)
+        action = rng.uniform(env.action_space.low, env.action_space.high)
         obs, reward, terminated, truncated, _ = env.step(action)
         expected = dm_env.step(action)
         assert reward == expected.reward and not terminated and truncated == (t == 999)

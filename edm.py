@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 if not torch.cuda.is_available():
-    # Let oneDNN multiply float32 matrices: twice as fast on AMD with AVX-512. PyTorch asks oneDNN only where rounding
-    # to bfloat16 is allowed. Most CPUs do not round then, but Intel's AMX does: one product shows it.
+    # For all of PyTorch: let oneDNN multiply float32 matrices, which is twice as fast on AMD with AVX-512. PyTorch asks
+    # oneDNN only where rounding to bfloat16 is allowed. Most CPUs do not round then; Intel's AMX does, so test it.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if (torch.full((512, 512), 1 + 2**-12) @ torch.ones(512, 512) != 512 * (1 + 2**-12)).any():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -51,7 +51,7 @@ class DiffusionArgs:
     diffusion_steps: Optional[int] = None
     """training steps of the diffusion model (paper: 100,000)"""
     diffusion_recipe: Optional[Literal["paper", "fast"]] = None
-    """paper, the default from 100,000 steps on; or fast: a smaller denoiser, a higher learning rate, guided samples"""
+    """paper (default from 100,000 steps on) or fast (default below): small denoiser, high learning rate, guidance"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024, and 2048 for three datasets; fast: 384)"""
     diffusion_depth: Optional[int] = None
@@ -73,12 +73,14 @@ class DiffusionArgs:
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default: 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
     terminals: Literal["column", "classifier"] = "column"
-    """terminals of generated rows: the last column above 0.5 (the paper's), or a classifier, with --true-next-obs"""
+    """terminals of generated rows: the last column above 0.5 (the paper's), or a classifier (add --true-next-obs)"""
 
 
 RECIPES = {
     "paper": dict(diffusion_lr=3e-4, diffusion_width=1024, diffusion_depth=6),  # Table 8
-    "fast": dict(diffusion_lr=2e-3, diffusion_width=384, diffusion_depth=4),  # as good in a quarter of the time: README
+    "fast": dict(
+        diffusion_lr=2e-3, diffusion_width=384, diffusion_depth=4
+    ),  # as good in a quarter of the time, see README
 }
 WIDE = ("halfcheetah-medium-expert-v2", "hopper-medium-v2", "hopper-medium-expert-v2")  # 2048 units, Appendix B.2
 
@@ -109,7 +111,7 @@ AT_MOST_ONE = ("synther_ratio", "discount", "tau", "expectile")
 
 
 def check_args(args):
-    """Raise RunError for a number that cannot be or a GPU that is not there. Turns --device auto into what it means."""
+    """Raise RunError for a number out of range or a GPU that is not there. Turns --device auto into what it means."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "target_entropy":
             high_enough = value >= 0 if name in MAY_BE_ZERO else value > 0
@@ -127,14 +129,16 @@ def check_args(args):
 class Denoiser(nn.Module):
     """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Section 3.1, Appendix B.2).
 
-    width, depth and rff_dim are Table 8's. Without `residual` it is the plain MLP of Table 10. time_dim, the size of the
-    noise level's embedding, is 128 in the offline experiments, 256 online. GELU is smooth, and learns faster than ReLU.
+    width, depth and rff_dim are Table 8's. Without `residual` it is the plain MLP of Table 10. time_dim is the size of
+    the noise level's embedding: 128 offline, 256 online. GELU is smooth, and learns faster than the paper's ReLU.
     """
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, rff_dim=16, activation="relu"):
         super().__init__()
         self.residual, self.activation = residual, getattr(F, activation)
-        self.register_buffer("frequencies", torch.randn(rff_dim // 2))  # drawn once, never trained
+        self.register_buffer(
+            "frequencies", torch.randn(rff_dim // 2)
+        )  # drawn once, never trained; a sine and a cosine of each
         self.row_in = nn.Linear(dim, time_dim)
         self.time_mlp = nn.Sequential(nn.Linear(rff_dim + 1, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.hidden_in = nn.Linear(time_dim, width)
@@ -142,7 +146,7 @@ class Denoiser(nn.Module):
         self.out = nn.Linear(width, dim)
 
     def forward(self, x, c_noise):
-        """x [batch, dim] -> [batch, dim]. c_noise [batch], or [1]: one noise level for all is embedded once."""
+        """x [batch, dim] -> [batch, dim]. c_noise is [batch], or [1] for one level for all rows."""
         angle = 2 * math.pi * c_noise[:, None] * self.frequencies
         embedding = self.time_mlp(torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1))
         h = self.hidden_in(self.row_in(x) + embedding)
@@ -162,7 +166,7 @@ class EDM(nn.Module):
     """
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras' Table 1
-    GUIDANCE, GUIDED_BELOW = 1.5, 0.3  # weight of the guidance, and the noise level where it begins
+    GUIDANCE, GUIDED_BELOW = 1.5, 0.3  # weight of the guidance, and the noise level up to which it acts
 
     def __init__(self, dim, guided=False, **denoiser):
         super().__init__()
@@ -172,18 +176,18 @@ class EDM(nn.Module):
         self.early = copy.deepcopy(self.denoiser) if guided else None
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("low", torch.full((dim,), -math.inf))  # limits of guided estimates
+        self.register_buffer("low", torch.full((dim,), -math.inf))  # limits of guided estimates, normalised
         self.register_buffer("high", torch.full((dim,), math.inf))
 
-    def fit_normalizer(self, rows, flags=()):
-        """Standardise the columns of rows [num_rows, dim], except those in `flags`, such as terminals.
+    def fit_normalizer(self, rows, raw_columns=()):
+        """Standardise the columns of rows [num_rows, dim], except the `raw_columns`, such as terminals.
 
         1e-5 is added to each standard deviation, so a constant column becomes 0.
         """
         std, mean = torch.std_mean(rows, dim=0)
         self.mean.copy_(mean)
         self.std.copy_(std + 1e-5)
-        self.mean[list(flags)], self.std[list(flags)] = 0.0, 1.0
+        self.mean[list(raw_columns)], self.std[list(raw_columns)] = 0.0, 1.0
         low, high = ((x - self.mean) / self.std for x in rows.aminmax(dim=0))
         self.low.copy_(low - (high - low) / 2)  # twice the range of the rows
         self.high.copy_(high + (high - low) / 2)
@@ -210,8 +214,8 @@ class EDM(nn.Module):
         """What samplers call: `forward` for one noise level, with guidance if the model has any.
 
         Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") at low noise: the
-        estimate moves on in the direction in which it has changed since early in the training. Far from the data this
-        could run away. So a change counts for sigma at most, and estimates stay within twice the range of the rows.
+        estimate moves further away from that of the early copy. Far from the data this could run away. So the
+        difference is cut at +-sigma, and estimates at twice the range of the rows.
         """
         denoised = self(x, sigma)
         if self.early is None:
@@ -246,7 +250,7 @@ def karras_sigmas(num_steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 def sample_sde(denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003):
     """The paper's sampler: Karras' Algorithm 2, stochastic Heun with the constants of Table 9. 2N - 1 network calls.
 
-    The noise of a step is s_noise times too large, so few steps inflate the variance: the paper takes 128.
+    Each step adds s_noise times too much noise. With few steps the variance comes out too large: the paper takes 128.
     """
     sigmas = sigmas.tolist()
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -264,7 +268,7 @@ def sample_sde(denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noi
 
 
 def sample_dpmpp(denoise, x, sigmas):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): deterministic, second order, N network calls."""
+    """DPM-Solver++(2M) (Cheng Lu et al. 2022, Algorithm 2): deterministic, second order, N network calls."""
     sigmas = sigmas.tolist()
     previous, h_previous = None, None
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -312,7 +316,7 @@ def load_file(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception:  # a damaged file fails in many ways
-        raise RunError(f"cannot read {path}; if it is damaged, delete it, and its step is done again") from None
+        raise RunError(f"cannot read {path}; if it is damaged, delete it, and it is made again") from None
 
 
 def save_edm(path, model):
@@ -330,7 +334,7 @@ def load_edm(path, device="cpu"):
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
-# A decorator: the function seeds its own random numbers, and leaves the caller's as they were.
+# A decorator: torch's generators are seeded inside the function, and are afterwards as they were before it.
 own_randomness = torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else [])
 
 
@@ -350,7 +354,9 @@ def cosine_lr(lr, step, steps):
 
 
 def ema_decay(step, beta):
-    """The weight of the old average at this step, counted from 0, with the warm-up of the ema-pytorch package."""
+    """The weight of the old average at this step, counted from 0, with the warm-up of the ema-pytorch package.
+
+    The 99 is a 100 there, where steps count from 1."""
     return min(beta, 1 - (step - 99) ** (-2 / 3)) if step > 100 else 0.0
 
 
@@ -358,7 +364,7 @@ def cuda_graph(step, warmup=3):
     """Record `step`, which reads and writes fixed tensors only, and replay it from then on.
 
     On a GPU these small networks wait for the launches of their kernels; a replay launches once. The first calls run
-    as usual: there, optimisers and workspaces allocate their memory.
+    as usual, so that optimisers and workspaces can allocate their memory.
     """
     graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
 
@@ -380,17 +386,17 @@ def cuda_graph(step, warmup=3):
 
 
 @own_randomness
-def train_edm(rows, args=DiffusionArgs(), *, flags=(), time_dim=128, init=None, device="cpu", saved=None, save=None,
-              save_every=10_000, log=None):  # fmt: skip
+def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=None, device="cpu", saved=None,
+              save=None, save_every=10_000, log=None):  # fmt: skip
     """Train a diffusion model on rows (Appendix B.2, Table 8) and return the moving average of its weights.
 
     Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1. The paper's recipe averages the weights
-    every 10 steps with a decay of 0.995; the fast one over the same share of its fewer steps. The rows live on the
-    device, and nothing in a step waits for the host.
+    every 10 steps with a decay of 0.995. The fast one lowers it, so that it spans the same share of its fewer steps.
+    The rows live on the device, and nothing in a step waits for the host.
 
     Args:
         rows: float32 [num_rows, dim], in raw units.
-        flags: columns that are not standardised, such as terminals.
+        raw_columns: columns that are not standardised, such as terminals.
         time_dim: see Denoiser.
         init: a model of the same size, whose denoiser to start from.
         saved: a state that `save` got, to go on from, exactly; one of another stage is passed over.
@@ -403,14 +409,14 @@ def train_edm(rows, args=DiffusionArgs(), *, flags=(), time_dim=128, init=None, 
     args = resolve(copy.copy(args), len(rows))
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
     steps, is_paper = args.diffusion_steps, args.diffusion_recipe == "paper"
-    beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)
+    beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
     activation = "relu" if is_paper else "gelu"
     model = EDM(rows.shape[1], guided=not is_paper, time_dim=time_dim, activation=activation, **sizes)
     if init is not None:
         model.denoiser.load_state_dict(init.denoiser.state_dict())
-    model.fit_normalizer(rows, flags)
+    model.fit_normalizer(rows, raw_columns)
     ema = copy.deepcopy(model.to(device)).requires_grad_(False)
     params, ema_params = list(model.denoiser.parameters()), list(ema.denoiser.parameters())
     lr = torch.tensor(0.0, device=device)  # a tensor, which a CUDA graph reads anew
@@ -425,7 +431,7 @@ def train_edm(rows, args=DiffusionArgs(), *, flags=(), time_dim=128, init=None, 
         start, last_log = saved["step"], saved["last_log"]
         loss_sum.copy_(saved["loss_sum"])
         set_rng_state(saved["rng"], device)
-    lr = optimizer.param_groups[0]["lr"]
+    lr = optimizer.param_groups[0]["lr"]  # load_state_dict has replaced the tensor
 
     def train_step():
         optimizer.zero_grad(set_to_none=device == "cuda")  # on a CPU, fresh memory costs a tenth of the step
@@ -442,11 +448,11 @@ def train_edm(rows, args=DiffusionArgs(), *, flags=(), time_dim=128, init=None, 
         train_step()
         if step % 10 == 0:
             torch._foreach_lerp_(ema_params, [p.detach() for p in params], 1 - ema_decay(step, beta))
-        if step == steps // 10 and not is_paper:
+        if step == steps // 10 and not is_paper:  # a tenth of the way: the early copy
             ema.early.load_state_dict(ema.denoiser.state_dict())
         done = step + 1
         if done % 500 == 0 or done == steps:
-            loss = loss_sum.item() / (done - last_log)  # the only wait for the device
+            loss = loss_sum.item() / (done - last_log)  # the only wait in training
             if not math.isfinite(loss):
                 raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -469,7 +475,7 @@ def train_edm(rows, args=DiffusionArgs(), *, flags=(), time_dim=128, init=None, 
 def generate(model, num_samples, args=DiffusionArgs()):
     """Draw new rows from a trained model, on the device that it is on. RunError where one holds NaN or Inf.
 
-    Returns: float32 [num_samples, dim] on the CPU, in raw units. Not clipped, as in the paper.
+    Returns: float32 [num_samples, dim] on the CPU, in raw units. Not clipped but by guidance, see `EDM.denoise`.
     """
     device, args = model.mean.device, resolve(copy.copy(args), 0)
     batch_size = args.sample_batch_size or (100_000 if device.type == "cuda" else 2_000)
@@ -568,9 +574,10 @@ def correlation(real, synthetic):
 def quality_report(real, synthetic):
     """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
 
-    marginal and correlation are Table 1's, of at most 100,000 generated rows, as in the paper. `terminals` is the share
-    of rows whose last column is above 0.5. `nearest` is the median distance, in standardised units, from a generated
-    row to its nearest real one, `nearest_real` from a real row to its nearest other: copies would be far nearer.
+    marginal and correlation are Table 1's, of at most 100,000 generated rows, as in the paper. terminals and
+    terminals_real are the shares of rows whose last column is above 0.5. nearest is the median distance, in
+    standardised units, from a generated row to its nearest real one, nearest_real from a real row to its nearest other:
+    copies would be much nearer than that.
     """
     torch.manual_seed(0)
     some = synthetic[:100_000]
@@ -593,9 +600,9 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     names = [f"s[{i}]" for i in range(obs_dim)] + [f"a[{i}]" for i in range(act_dim)] + ["r"]
     names += [f"s'[{i}]" for i in range(obs_dim)] + ["d"]
     shown = np.unique(np.linspace(0, real.shape[1] - 1, max_panels).round().astype(int))
-    lines = math.ceil(len(shown) / 8)
-    fig = Figure(figsize=(16, 1.6 * lines), layout="constrained")
-    for i, ax in zip(shown, fig.subplots(lines, 8).flat):
+    num_lines = math.ceil(len(shown) / 8)
+    fig = Figure(figsize=(16, 1.6 * num_lines), layout="constrained")
+    for i, ax in zip(shown, fig.subplots(num_lines, 8).flat):
         x, y = real[:100_000, i], synthetic[:100_000, i]
         low, high = x.quantile(0.001).item(), x.quantile(0.999).item()
         for values, color in ((x, "tab:orange"), (y, "tab:blue")):
@@ -654,8 +661,8 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     """Transitions (s, a, r, s', d) from the rows of a D4RL file, as `d4rl.qlearning_dataset` makes them.
 
     Row i gives s' = observations[i + 1]. Rows that end an episode by its time limit have no s' and are left out, and so
-    is the last row. On *terminal* rows D4RL does the same: s' is there the first observation of the next episode. That
-    is harmless for Q-learning, which masks it, but the diffusion model learns these jumps.
+    is the last row. On *terminal* rows D4RL does the same, so s' is the first observation of the next episode. That is
+    harmless for Q-learning, which masks it, but the diffusion model learns these jumps.
 
     Args:
         raw: dict of arrays [N, ...] by D4RL's names; `timeouts` and `next_observations` may be missing.
@@ -694,8 +701,8 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     Raises:
         RunError: the source is unknown, missing, unreadable, or not a set of finite transitions.
     """
-    source = str(source).replace("-mixed-", "-medium-replay-")
-    path = BUNDLED if source == "quickstart" else download_d4rl(source) if source in D4RL else Path(source)
+    source, name = str(source), str(source).replace("-mixed-", "-medium-replay-")  # D4RL's older name
+    path = BUNDLED if name == "quickstart" else download_d4rl(name) if name in D4RL else Path(source)
     is_hdf5 = path.suffix in (".hdf5", ".h5")
     if not is_hdf5 and path.suffix != ".npz" and "/" not in source:
         raise RunError(f"unknown dataset {source}; known are .hdf5, .h5 and .npz files, Minari ids, {', '.join(D4RL)}")
@@ -718,10 +725,10 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     data |= {key: data[key].reshape(-1) for key in ("rewards", "terminals")}
     for key, x in data.items():
         if x.ndim == 0 or x.dtype.kind not in "fiub" or not np.isfinite(x).all():
-            raise RunError(f"{source}: {key} holds NaN, Inf, or no numbers")
+            raise RunError(f"{source}: {key} holds NaN or Inf, or is not numeric")
     shapes = {key: x.shape for key, x in data.items()}
     if len({shape[0] for shape in shapes.values()}) > 1 or [len(shapes[key]) for key in KEYS[:2]] != [2, 2]:
-        raise RunError(f"{source}: arrays of these shapes are no transitions: {shapes}")
+        raise RunError(f"{source}: arrays of these shapes are not transitions: {shapes}")
     data = qlearning_dataset(data, true_next_obs, max_episode_steps) if is_hdf5 else data
     if data["observations"].shape != data["next_observations"].shape or len(data["rewards"]) < 2:
         raise RunError(f"{source} holds fewer than two transitions, or next_observations of another size")
@@ -755,8 +762,8 @@ def main(args):
     model_path, plot_path, checkpoint = (out.with_suffix(suffix) for suffix in (".pt", ".png", ".checkpoint"))
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise RunError(f"--out must be an .npz file in an existing folder, not {out}")
-    if not checkpoint.exists() and (exists := [str(p) for p in (out, model_path, plot_path) if p.exists()]):
-        raise RunError(f"{exists[0]} exists; give another --out or move it away")
+    if not checkpoint.exists() and (taken := [str(p) for p in (out, model_path, plot_path) if p.exists()]):
+        raise RunError(f"{taken[0]} exists; give another --out or move it away")
     data = load_transitions(args.data, args.true_next_obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
     real = pack(**data)
@@ -764,7 +771,7 @@ def main(args):
     model = train_edm(
         real,
         args,
-        flags=[real.shape[1] - 1],  # the terminal
+        raw_columns=[-1],  # the terminal
         device=args.device,
         saved=load_file(checkpoint, args.device) if checkpoint.exists() else None,
         save=lambda state: save_atomically(checkpoint, lambda f: torch.save(state, f)),

@@ -48,9 +48,9 @@ class Args(edm.DiffusionArgs):
     dataset_path: Optional[str] = None
     """a D4RL-layout HDF5 file or an .npz of transitions to learn from"""
     synthetic_path: Optional[str] = None
-    """use the synthetic.npz of an earlier run, of any offline script, instead of training a diffusion model"""
+    """learn from the synthetic.npz of an earlier offline run (its first --num-samples rows) instead of generating"""
     seed: int = 0
-    """seed of the agent, its batches and its evaluation; --diffusion-seed is that of subsample, model and samples"""
+    """seed of the agent, its batches and its evaluation; --diffusion-seed seeds subset, diffusion model and samples"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one"""
     out_dir: str = "runs"
@@ -67,7 +67,7 @@ class Args(edm.DiffusionArgs):
     """team or user to log to with --track"""
 
     data: Literal["synther", "real", "mixed"] = "synther"
-    """what the agent learns from: generated transitions (Table 2), real ones, or as many of both (Table 12)"""
+    """what the agent learns from: generated transitions (Table 2), real ones, or equal numbers of both (Table 12)"""
     augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"
     """explicit augmentation of each batch, the baselines of Figures 1a and 4 (Appendix D.1)"""
     subsample: Optional[float] = None
@@ -102,10 +102,10 @@ class Args(edm.DiffusionArgs):
     eval_episodes: Optional[int] = None
     """episodes per evaluation (paper: 10, and 100 in mazes); 0 skips evaluation"""
     checkpoint_every: int = 5_000
-    """training steps or updates between checkpoints"""
+    """diffusion training steps, or updates of the agent, between checkpoints"""
 
 
-# What depends on the dataset. An argument that is None takes the value of the first pattern that matches.
+# By dataset: an argument that is None takes its value from the first entry that matches (re.match) and has one.
 DEFAULTS = {
     "quickstart": dict(diffusion_steps=20_000, num_samples=200_000, updates=40_000),
     "maze2d": dict(eval_episodes=100),
@@ -181,9 +181,9 @@ class IQL(nn.Module):
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(args.device)
         self.critic_params, self.target_params = list(self.critic.parameters()), list(self.critic_target.parameters())
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
-        pairs = dict(actor=self.actor.parameters(), critic=[*self.critic_params, *self.value.parameters()])
-        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in pairs.items()}
+        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")  # capturable: in CUDA graphs
+        groups = dict(actor=self.actor.parameters(), critic=[*self.critic_params, *self.value.parameters()])
+        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in groups.items()}
         actor_lr = torch.tensor(args.learning_rate, device=args.device)  # a tensor, which a CUDA graph reads anew
         self.optimizers["actor"].param_groups[0]["lr"] = actor_lr
 
@@ -219,8 +219,8 @@ class IQL(nn.Module):
 
 # Copied from synther_td3bc.augment_batch
 def augment_batch(batch, kind, obs_dim):
-    """Explicit augmentation of rows, in place (Appendix D.1). The paper does not say how large the noise is, or what
-    shares it: here, additive noise has standard deviation 0.1 in normalised units, and s and s' get the same."""
+    """Explicit augmentation of rows with normalised states, in place (Appendix D.1). "none" changes nothing. The paper
+    leaves the noise open: here its standard deviation is 0.1, and s and s' get the same noise or factor."""
     observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
     if kind == "additive":
         noise = 0.1 * torch.randn_like(observations)
@@ -269,7 +269,7 @@ REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 1
 
 # Copied from synther_td3bc.normalized_score
 def normalized_score(env_id, returns):
-    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
+    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN without an entry above."""
     low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
@@ -293,8 +293,8 @@ def maze_cells(maze, kind):
 class Maze2d(gym.Env):
     """D4RL's maze2d: a ball that is pushed through a maze and seeks one place, the same in every episode.
 
-    Observation [x, y, vx, vy] (x along rows; the middle of cell (i, j) is at (i - 0.2, j - 0.2)), action the force in
-    [-1, 1]^2. Reward 1 for each step that ends within 0.5 of the goal. Nothing ends an episode but its time limit.
+    Observation [x, y, vx, vy] (x grows with the row; the middle of cell (i, j) is at (i - 0.2, j - 0.2)). Action: the
+    force in [-1, 1]^2. Reward 1 for each step that ends within 0.5 of the goal. Only the time limit ends an episode.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
@@ -328,46 +328,45 @@ class Maze2d(gym.Env):
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.physics)
         cell = self.cells[self.np_random.integers(len(self.cells))]
-        self.physics.qpos[:] = cell + self.np_random.uniform(-0.1, 0.1, 2)
+        self.physics.qpos[:] = cell + self.np_random.uniform(-0.1, 0.1, 2)  # 0.2 off the middle, as in D4RL
         self.physics.qvel[:] = 0.1 * self.np_random.standard_normal(2)
         return np.concatenate([self.physics.qpos, self.physics.qvel]), {}
 
     def step(self, action):
         self.physics.qvel[:] = np.clip(self.physics.qvel, -5, 5)
         self.physics.ctrl[:] = np.clip(action, -1, 1)
-        mujoco.mj_forward(self.model, self.physics)
         mujoco.mj_step(self.model, self.physics)
         reward = float(np.linalg.norm(self.physics.qpos - self.goal) <= 0.5)
         return np.concatenate([self.physics.qpos, self.physics.qvel]), reward, False, False, {}
 
 
-for env_id, maze_class, maze, goal, steps in (  # goal: a cell; steps: the time limit of an episode
+for _id, _class, _maze, _goal, _steps in (  # goal: a cell; steps: the time limit of an episode
     ("maze2d-umaze-v1", Maze2d, "umaze", (1, 1), 300),
     ("maze2d-medium-v1", Maze2d, "medium", (6, 6), 600),
     ("maze2d-large-v1", Maze2d, "large", (7, 9), 800),
 ):
-    gym.register(env_id, maze_class, max_episode_steps=steps, kwargs=dict(maze=maze, goal=goal))
+    gym.register(_id, _class, max_episode_steps=_steps, kwargs=dict(maze=_maze, goal=_goal))
 
 
 # Copied from synther_td3bc.make_env
 def make_env(name):
     """The environment of a dataset or a Gymnasium id. RunError for an unknown one, or spaces that are not supported."""
     if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 5):
-        warnings.warn("mujoco 3.5 and later add up contact margins: these are not D4RL's dynamics; use 3.4.0")
+        warnings.warn("mujoco 3.5 and later add up contact margins, so the dynamics are not D4RL's: install 3.4.0")
     ids = dict(halfcheetah="HalfCheetah-v4", hopper="Hopper-v4", walker2d="Walker2d-v4", quickstart="HalfCheetah-v4")
     try:
         if "/" in name:
             import minari
 
-            env = minari.load_dataset(name).recover_environment()
+            env = minari.load_dataset(name, download=True).recover_environment()
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(ids.get(name.split("-")[0], name), disable_env_checker=True)
     except (gym.error.Error, ImportError, ValueError) as error:
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None
-    spaces, bound = (env.observation_space, env.action_space), getattr(env.action_space, "high", np.array([np.inf]))
+    spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces) or not (
-        (bound == bound[0]).all() and (env.action_space.low == -bound).all() and np.isfinite(bound).all()
+        len({*-spaces[1].low, *spaces[1].high}) == 1 and np.isfinite(spaces[1].high).all()
     ):
         raise edm.RunError(f"{name} has {spaces}; only flat Box spaces with one symmetric action bound are supported")
     return env
@@ -418,9 +417,9 @@ def parse_args():
         except (OSError, ValueError, TypeError) as error:
             raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
         args = tyro.cli(Args, default=saved)
-        changed = [name for name, value in vars(args).items() if value != getattr(saved, name)]
-        if changed := set(changed) - {"resume", "track", "wandb_project", "wandb_entity"}:
-            raise edm.RunError(f"{args.resume} was started with another {', '.join(changed)}")
+        may_change = ("resume", "track", "wandb_project", "wandb_entity")
+        if changed := [k for k, v in vars(args).items() if k not in may_change and v != getattr(saved, k)]:
+            raise edm.RunError(f"{args.resume} was started with other values of: {', '.join(changed)}")
     return args
 
 
@@ -435,7 +434,7 @@ def main(args):
         raise edm.RunError("--dataset-path needs --env, the environment to evaluate in, such as Walker2d-v4")
     if args.data == "real" and args.synthetic_path:
         raise edm.RunError("--synthetic-path has no use with --data real")
-    envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
+    envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]  # at least one, for its spaces
     env_id, horizon = envs[0].spec.id, envs[0].spec.max_episode_steps or 1000
     obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     max_action = float(envs[0].action_space.high[0])
@@ -457,7 +456,7 @@ def main(args):
             raise edm.RunError(f"--subsample {args.subsample} leaves {count} of {len(real)} transitions")
         real = real[np.random.default_rng(args.diffusion_seed).choice(len(real), count, replace=False)]
     if args.data == "mixed":
-        args.num_samples = len(real)
+        args.num_samples = len(real)  # whatever was asked for
     edm.resolve(args, len(real), args.env)
     run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
@@ -465,6 +464,10 @@ def main(args):
     rows = real if args.data == "real" else None
     if rows is None and (args.synthetic_path or synthetic_path.exists()):
         rows = load(synthetic_path)[: args.num_samples]
+        if args.data == "mixed" and len(rows) < len(real):
+            raise edm.RunError(
+                f"--data mixed needs {len(real)} generated transitions; {synthetic_path} has {len(rows)}"
+            )
 
     # --- Run folder and log ---
     if not args.resume:
@@ -485,7 +488,7 @@ def main(args):
         wandb.init(**where, config=vars(args), resume="allow")
         wandb.define_metric("*", step_metric="step")
 
-    def log(step, values):
+    def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
         for key, value in values.items():
             print(step, key, float(value), sep=",", file=metrics)
         if args.track:
@@ -498,26 +501,24 @@ def main(args):
     # --- SynthER: train a diffusion model on the real transitions and generate new ones ---
     if rows is None:
         saving = dict(saved=saved, save=save, save_every=args.checkpoint_every)
-        model = edm.train_edm(real, args, flags=[-1], device=args.device, log=log, **saving)  # -1: the terminal
+        model = edm.train_edm(real, args, raw_columns=[-1], device=args.device, log=log, **saving)  # -1: the terminal
         edm.save_edm(run_dir / "diffusion.pt", model)
         sampling_time = time.time()
         rows = edm.generate_transitions(model, real, args)
         log(args.diffusion_steps, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
         edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
         edm.save_atomically(synthetic_path, lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
-    if rows is not real and saved["stage"] != "agent":
+    if args.data != "real" and saved["stage"] != "agent":
         report = edm.quality_report(real, rows)
         print("sample quality:", report)
         log(args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
 
     # --- Rows for the agent, states normalised by the real data's statistics ---
     if args.data == "mixed":
-        if len(rows) < len(real):
-            raise edm.RunError(f"--data mixed needs {len(real)} generated transitions, and there are {len(rows)}")
-        rows = torch.cat([real, rows[: len(real)]])
+        rows = torch.cat([real, rows])
     print(f"the agent learns from {len(rows):,} transitions ({args.data}); the dataset has {len(real):,}")
     obs_mean, obs_std = real[:, :obs_dim].mean(0), real[:, :obs_dim].std(0, unbiased=False) + 1e-3
-    for states in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # s and s', in place
+    for states in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # in place: with --data real, in `real` too
         states.sub_(obs_mean).div_(obs_std)
     rows[:, obs_dim + act_dim] *= scale
     rows = rows.to(args.device)
@@ -525,7 +526,7 @@ def main(args):
     # --- Train and evaluate the agent ---
     torch.manual_seed(args.seed)
     agent = IQL(obs_dim, act_dim, max_action, args)
-    batch = torch.empty(args.batch_size, rows.shape[1], device=args.device)
+    batch = torch.empty(args.batch_size, rows.shape[1], device=args.device)  # at a fixed place, for CUDA graphs
     losses = torch.zeros(len(agent.LOSSES), device=args.device)
     evaluations, start = [], 0
     if saved["stage"] == "agent":
@@ -552,7 +553,7 @@ def main(args):
             train_step()
         if update > 0 and (update % 1_000 == 0 or update == args.updates):
             count = update % 1_000 or 1_000
-            means = (losses / count).tolist()  # the only wait for the device
+            means = (losses / count).tolist()  # the only wait in training
             if not math.isfinite(sum(means)):
                 raise edm.RunError(f"a loss of the agent is no longer finite, in updates {update - count} to {update}")
             values = {f"train/{name}": mean for name, mean in zip(agent.LOSSES, means)}
@@ -561,7 +562,7 @@ def main(args):
             clock = time.time()
         if args.eval_episodes and (update % args.eval_every == 0 or update == args.updates):
             pause = time.time()
-            actor = copy.deepcopy(agent.actor).cpu()  # ten rows at a time are faster there than on a GPU
+            actor = copy.deepcopy(agent.actor).cpu()  # a few rows at a time are faster there
             returns = evaluate(lambda obs: actor((obs - obs_mean) / obs_std), envs, args.seed)
             evaluations.append((update, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
@@ -572,7 +573,7 @@ def main(args):
         if update > 0 and (update % args.checkpoint_every == 0 or update == args.updates):
             optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
             state = dict(stage="agent", update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
-            state |= dict(evaluations=evaluations, obs_mean=obs_mean, obs_std=obs_std)
+            state |= dict(evaluations=evaluations, obs_mean=obs_mean, obs_std=obs_std)  # the last two for users
             save(state | dict(rng=edm.get_rng_state(args.device)))
 
     # --- Results ---
@@ -583,7 +584,8 @@ def main(args):
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         plot_learning_curve(run_dir / "learning_curve.png", env_id, updates, returns, "updates")
         mean, std = scores[-1].mean(), scores[-1].std()
-        print(f"normalised score {mean:.1f} +- {std:.1f}, return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
+        score = "" if math.isnan(mean) else f"normalised score {mean:.1f} +- {std:.1f}, "
+        print(f"{score}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
     print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
 
 

@@ -185,9 +185,9 @@ class SAC(nn.Module):
         self.to(args.device)
         self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
         self.target_params = list(self.critic_target.parameters())
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
-        pairs = dict(actor=self.actor_params, critic=self.critic_params, alpha=[self.log_alpha])
-        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in pairs.items()}
+        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")  # capturable: in CUDA graphs
+        groups = dict(actor=self.actor_params, critic=self.critic_params, alpha=[self.log_alpha])
+        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in groups.items()}
 
     def update(self, batch, with_actor):
         """One step of all critics on rows [batch, dim], if asked one of actor and temperature, then one of the targets.
@@ -243,7 +243,7 @@ REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 1
 
 # Copied from synther_td3bc.normalized_score
 def normalized_score(env_id, returns):
-    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
+    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN without an entry above."""
     low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
@@ -273,7 +273,7 @@ class DMC(gym.Env):
 def make_env(name):
     """The environment of a Gymnasium id or dmc/domain-task. RunError for an unknown one, or unsupported spaces."""
     if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 5):
-        warnings.warn("mujoco 3.5 and later add up contact margins: these are not D4RL's dynamics; use 3.4.0")
+        warnings.warn("mujoco 3.5 and later add up contact margins, so the dynamics are not D4RL's: install 3.4.0")
     try:
         if name.startswith("dmc/"):
             domain, _, task = name.removeprefix("dmc/").partition("-")
@@ -424,7 +424,7 @@ def main(args):
         wandb.init(**where, config=vars(args), resume="allow")
         wandb.define_metric("*", step_metric="step")
 
-    def log(step, values):
+    def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
         for key, value in values.items():
             print(step, key, float(value), sep=",", file=metrics)
         if args.track:
@@ -470,7 +470,7 @@ def main(args):
         critic_step, last_step = edm.cuda_graph(critic_step), edm.cuda_graph(last_step)
 
     def evaluate_agent(step):
-        actor = copy.deepcopy(agent.actor).cpu()  # ten rows at a time are faster there than on a GPU
+        actor = copy.deepcopy(agent.actor).cpu()  # a few rows at a time are faster there
         returns = evaluate(actor, envs, args.seed + 10_000)  # the official code draws new seeds every 1,000 steps
         evaluations.append((step, returns.tolist()))
         values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
@@ -518,7 +518,7 @@ def main(args):
                 action = 2 * torch.rand(act_dim, device=args.device) - 1
             else:
                 action = agent.actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=args.device)[None])[0][0]
-        action = action.cpu().numpy()  # the only wait for the device
+        action = action.cpu().numpy()  # the only wait in training
         if not np.isfinite(action).all():
             raise edm.RunError(f"the agent's action is no longer finite at environment step {t}")
         next_obs, reward, terminated, truncated, _ = env.step(action)

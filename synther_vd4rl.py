@@ -107,7 +107,7 @@ class Args(edm.DiffusionArgs):
     eval_episodes: int = 10
     """episodes per evaluation, rendered, with the mean action (paper: 10); 0 skips evaluation"""
     checkpoint_every: int = 5_000
-    """training steps or updates between checkpoints"""
+    """diffusion training steps, or updates of the agent, between checkpoints"""
 
 
 # --- DrQ+BC and BC ----------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 1
 
 # Copied from synther_td3bc.normalized_score
 def normalized_score(env_id, returns):
-    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN for environments without one."""
+    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN without an entry above."""
     low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
     return 100 * (returns - low) / (high - low)
 
@@ -519,9 +519,9 @@ def parse_args():
         except (OSError, ValueError, TypeError) as error:
             raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
         args = tyro.cli(Args, default=saved)
-        changed = [name for name, value in vars(args).items() if value != getattr(saved, name)]
-        if changed := set(changed) - {"resume", "track", "wandb_project", "wandb_entity"}:
-            raise edm.RunError(f"{args.resume} was started with another {', '.join(changed)}")
+        may_change = ("resume", "track", "wandb_project", "wandb_entity")
+        if changed := [k for k, v in vars(args).items() if k not in may_change and v != getattr(saved, k)]:
+            raise edm.RunError(f"{args.resume} was started with other values of: {', '.join(changed)}")
     return args
 
 
@@ -570,7 +570,7 @@ def train(stage, agent, draw, make_policy, offset, evaluations, *, env, saved, l
             train_step()
         if update > 0 and (update % 1_000 == 0 or update == updates):
             count = update % 1_000 or 1_000
-            means = (losses / count).tolist()  # the only wait for the device
+            means = (losses / count).tolist()  # the only wait in training
             if not math.isfinite(sum(means)):
                 raise edm.RunError(f"a loss of {stage} is no longer finite, in updates {update - count} to {update}")
             values = {f"train/{name}": mean for name, mean in zip(agent.LOSSES, means)}
@@ -636,7 +636,7 @@ def main(args):
         wandb.init(**where, config=vars(args), resume="allow")
         wandb.define_metric("*", step_metric="step")
 
-    def log(step, values):
+    def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
         for key, value in values.items():
             print(step, key, float(value), sep=",", file=metrics)
         if args.track:

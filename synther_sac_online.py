@@ -490,11 +490,12 @@ def main(args):
             pause, values = time.time(), {}
             real = replay[:t].cpu()
             has_terminals = not args.env.startswith("dmc/")  # otherwise d is no part of the model
-            flags = ([-1] if has_terminals else []) + ([] if args.standardize_reward else [obs_dim + act_dim])
+            raw_columns = ([-1] if has_terminals else []) + ([] if args.standardize_reward else [obs_dim + act_dim])
             settings = replace(args, diffusion_seed=(args.seed + args.diffusion_seed) * 1_000_003 + t)
             init = edm.load_edm(run_dir / "diffusion.pt") if args.warm_start and model_step > 0 else None
-            options = dict(flags=flags, init=init, device=args.device, log=lambda _, loss: values.update(loss))
-            model = edm.train_edm(real if has_terminals else real[:, :-1], settings, time_dim=256, **options)
+            options = dict(init=init, device=args.device, log=lambda _, loss: values.update(loss))
+            columns = real if has_terminals else real[:, :-1]
+            model = edm.train_edm(columns, settings, raw_columns=raw_columns, time_dim=256, **options)
             sampling_time = time.time()
             if has_terminals:
                 rows = edm.generate_transitions(model, real, settings)  # the official code does not round terminals

@@ -95,7 +95,7 @@ def test_loss_equals_the_formula(float64):
 def test_normalizer():
     data = torch.tensor([[1.0, 7.0, 0.0], [2.0, 7.0, 1.0], [6.0, 7.0, 1.0]])
     model = EDM(3, width=8, depth=1)
-    model.fit_normalizer(data, flags=[-1])
+    model.fit_normalizer(data, raw_columns=[-1])
     std = math.sqrt((2**2 + 1**2 + 3**2) / 2)  # around the mean 3, unbiased
     torch.testing.assert_close(model.mean, torch.tensor([3.0, 7.0, 0.0]))
     torch.testing.assert_close(model.std, torch.tensor([std + 1e-5, 1e-5, 1.0]), rtol=1e-6, atol=0)

@@ -366,7 +366,7 @@ def test_diffusion_leaves_environment_and_agent_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "env, standardize_reward, flags",
+    "env, standardize_reward, raw_columns",
     [
         ("Toy-v0", True, [-1]),
         ("Toy-v0", False, [-1, 4]),
@@ -374,7 +374,7 @@ def test_diffusion_leaves_environment_and_agent_alone(tmp_path):
         ("dmc/reacher-hard", None, [8]),
     ],
 )
-def test_models_of_a_run(tmp_path, monkeypatch, env, standardize_reward, flags):
+def test_models_of_a_run(tmp_path, monkeypatch, env, standardize_reward, raw_columns):
     """Columns that are not standardised, seeds, and with --warm-start the weights to start from."""
     calls, train_edm = [], edm.train_edm
 
@@ -387,7 +387,7 @@ def test_models_of_a_run(tmp_path, monkeypatch, env, standardize_reward, flags):
     options = dict(env=env, standardize_reward=standardize_reward, warm_start=env == "Toy-v0")
     run(tmp_path, eval_episodes=0, seed=2, diffusion_seed=1, **options)
     first, second = calls
-    assert sorted(first["flags"]) == sorted(flags) and first["time_dim"] == 256
+    assert sorted(first["raw_columns"]) == sorted(raw_columns) and first["time_dim"] == 256
     assert (first["seed"], second["seed"]) == (3_000_069, 3_000_129)
     assert (len(first["rows"]), len(second["rows"])) == (60, 120) and first["init"] is None
     if options["warm_start"]:

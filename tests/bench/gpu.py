@@ -148,7 +148,7 @@ def recipes(args):
 
     def train(recipe, steps):
         start, options = time.time(), edm.DiffusionArgs(diffusion_recipe=recipe, diffusion_steps=steps)
-        return edm.train_edm(rows, options, flags=[-1], device=args.device), time.time() - start
+        return edm.train_edm(rows, options, raw_columns=[-1], device=args.device), time.time() - start
 
     trial_steps = 50 if args.quick else 2_000
     train("fast", trial_steps)  # the first training on a GPU is slower

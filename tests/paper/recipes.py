@@ -87,7 +87,7 @@ def start_training(rows, recipe, seed, steps):
     sizes = {key: recipe[key] for key in ("width", "depth", "residual", "activation")}
     model = edm.EDM(rows.shape[1], guided=recipe["early"] > 0, **sizes)
     model.P_MEAN, model.P_STD, model.GUIDANCE = recipe["p_mean"], recipe["p_std"], recipe["guidance"]
-    model.fit_normalizer(rows, flags=[-1])
+    model.fit_normalizer(rows, raw_columns=[-1])
     model.mean[-1], model.std[-1] = recipe["terminal"]
     x, ema = model.normalize(rows), copy.deepcopy(model).requires_grad_(False)
     params, ema_params = list(model.denoiser.parameters()), list(ema.denoiser.parameters())

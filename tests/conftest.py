@@ -20,3 +20,7 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.*Overriding environment")  # each script registers its mazes

@@ -1,4 +1,4 @@
-"""What several tests share: small datasets, runs in this process, copies of a run's folder in the middle, comparisons."""
+"""What tests share: small datasets, plain critics, runs in this process, copies of a run in the middle, comparisons."""
 
 import csv
 import runpy
@@ -12,6 +12,7 @@ import h5py
 import minari
 import numpy as np
 import torch
+import torch.nn as nn
 from minari.data_collector import EpisodeBuffer
 
 import edm
@@ -70,6 +71,18 @@ def make_minari(monkeypatch, folder, **options):
     with warnings.catch_warnings(action="ignore"):
         minari.create_dataset_from_buffers("test/two-v0", buffers, **options)
     return {key: np.concatenate(x) for key, x in zip(edm.KEYS, zip(*parts))}
+
+
+def plain(ensemble):
+    """The members of an EnsembleCritic as ordinary networks with the same weights."""
+    nets = nn.ModuleList()
+    for k in range(len(ensemble.weights[0])):
+        layers = []
+        for weight, bias in zip(ensemble.weights, ensemble.biases):
+            layers += [nn.Linear(*weight.shape[1:]), nn.ReLU()]
+            layers[-2].weight.data, layers[-2].bias.data = weight[k].T.detach().clone(), bias[k, 0].detach().clone()
+        nets.append(nn.Sequential(*layers[:-1]))
+    return nets
 
 
 def command(monkeypatch, script, **options):

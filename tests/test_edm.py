@@ -833,8 +833,8 @@ def test_defaults_are_the_papers(name, num_rows, width, batch_size):
 )
 def test_steps_choose_the_recipe(options, recipe):
     args = edm.resolve(DiffusionArgs(**options), 1_000_000, "hopper-medium-v2")
-    sizes = args.diffusion_recipe, args.diffusion_lr, args.diffusion_width, args.diffusion_depth, args.diffusion_batch_size
-    assert sizes == {"fast": ("fast", 2e-3, 384, 4, 256), "paper": ("paper", 3e-4, 2048, 6, 1024)}[recipe]
+    values = [getattr(args, f"diffusion_{name}") for name in ("recipe", "lr", "width", "depth", "batch_size")]
+    assert values == {"fast": ["fast", 2e-3, 384, 4, 256], "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
 
 
 @pytest.mark.parametrize(

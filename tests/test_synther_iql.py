@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from helpers import plain
 
 import edm
 import synther_iql
@@ -19,18 +20,6 @@ def filled(**options):
         if re.match(pattern, args.env):
             edm.fill(args, values)
     return args
-
-
-def plain(ensemble):
-    """The members of an EnsembleCritic as ordinary networks with the same weights."""
-    nets = nn.ModuleList()
-    for k in range(len(ensemble.weights[0])):
-        layers = []
-        for weight, bias in zip(ensemble.weights, ensemble.biases):
-            layers += [nn.Linear(*weight.shape[1:]), nn.ReLU()]
-            layers[-2].weight.data, layers[-2].bias.data = weight[k].T.detach().clone(), bias[k, 0].detach().clone()
-        nets.append(nn.Sequential(*layers[:-1]))
-    return nets
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -468,7 +468,7 @@ def whole(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, owner, name, count):
-    """All is restored. Episodes begin in the same place and end at each checkpoint, so a new episode changes nothing."""
+    """All is restored. Episodes begin in one place and end at each checkpoint, so a new episode changes nothing."""
     folder = stopped_run(monkeypatch, tmp_path, owner, name, count, **EXACT)
     resume(monkeypatch, folder)
     a, b = map(checkpoint, (folder, whole))

@@ -2,8 +2,8 @@
 
     python tests/bench/gpu.py --data walker2d_medium_replay.hdf5
 
-1. CUDA agrees with the CPU: 20 steps of the sampler and 200 agent updates from the same weights, noise and batches. CUDA
-   graphs agree with eager steps, offline and online.
+1. CUDA agrees with the CPU: 20 steps of the sampler and 200 agent updates from the same weights, noise and batches.
+   CUDA graphs agree with eager steps, offline and online.
 2. The table of bench.py.
 3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates),
    generated and real, then with IQL and EDAC on the same samples, timed.

@@ -1,18 +1,17 @@
 """Tests of synther_sac_online.py: the agent, environments, the replay buffer, and whole runs, some of them stopped."""
 
 import copy
-import csv
 import json
 import math
 import re
-import runpy
-import sys
 
 import gymnasium as gym
 import h5py
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_state, command, plain, read_metrics
 
 import edm
 import synther_sac_online as online
@@ -57,36 +56,11 @@ TINY = dict(
 
 def run(out_dir, **options):
     """main() with these arguments beside TINY. Returns the run folder."""
-    online.main(Args(**TINY | dict(out_dir=str(out_dir)) | options))
-    (folder,) = out_dir.glob("*__*")
-    return folder
-
-
-def resume(monkeypatch, folder, *options):
-    monkeypatch.setattr(sys, "argv", ["synther_sac_online.py", "--resume", str(folder), *options])
-    online.main(online.parse_args())
+    return helpers.run(online, out_dir, **TINY | options)
 
 
 def checkpoint(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def read_metrics(folder):
-    """{(step, key): value}. No entry comes twice."""
-    with open(folder / "metrics.csv") as f:
-        rows = [((int(row["step"]), row["key"]), float(row["value"])) for row in csv.DictReader(f)]
-    assert len(dict(rows)) == len(rows)
-    return dict(rows)
-
-
-def assert_same(a, b, where="state"):
-    """Equality to the last bit of nested dicts, lists, tensors and numbers."""
-    if isinstance(a, (dict, list, tuple)):
-        assert len(a) == len(b), where
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[key], b[key], f"{where}.{key}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 # --- Arguments and environments ---------------------------------------------------------------------------------------
@@ -174,7 +148,7 @@ def test_initial_weights():
         else:
             bound = math.sqrt(6 / sum(parameter.shape[-2:]))
             assert 0.9 * bound < parameter.abs().max() <= bound and parameter.mean().abs() < 0.1 * bound
-    assert_same(agent.critic.state_dict(), agent.critic_target.state_dict())
+    assert_same_state(agent.critic.state_dict(), agent.critic_target.state_dict())
     assert [make_agent(target_entropy=x).target_entropy for x in (None, -1.5)] == [-2, -1.5]
 
 
@@ -183,17 +157,13 @@ def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
     """100 updates in the order of REDQ's code. That every loss is the same shows that all parameters are."""
     torch.manual_seed(0)
     agent = make_agent(num_q=num_q, target_entropy=entropy)
-    actor, critic, target = (copy.deepcopy(part) for part in (agent.actor, agent.critic, agent.critic))
+    actor, critic, target = copy.deepcopy(agent.actor), plain(agent.critic), plain(agent.critic)
     log_alpha, alpha = torch.zeros(1, requires_grad=True), 0.2
     params = dict(actor=actor.parameters(), critic=critic.parameters(), alpha=[log_alpha])
     optimizers = {name: torch.optim.Adam(p, lr=1e-3) for name, p in params.items()}
 
     def q(net, s, a):
-        """The Q-values [batch, num_q], one critic after the other."""
-        hidden = [torch.cat([s, a], 1)] * num_q
-        for i, layer in enumerate(zip(net.weights, net.biases)):
-            hidden = [(h.relu() if i else h) @ weight + bias for h, weight, bias in zip(hidden, *layer)]
-        return torch.cat(hidden, 1)
+        return torch.cat([member(torch.cat([s, a], 1)) for member in net], 1)
 
     def act(s):
         h = actor.net(s)
@@ -362,7 +332,7 @@ def test_diffusion_leaves_environment_and_agent_alone(tmp_path):
     assert [(folder / "synthetic.npz").exists() for folder in folders] == [True, False]
     a, b = map(checkpoint, folders)
     for key in ("replay", "timeouts", "agent", "optimizers", "rng", "evaluations"):
-        assert_same(a[key], b[key], key)
+        assert_same_state(a[key], b[key], key)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +361,7 @@ def test_models_of_a_run(tmp_path, monkeypatch, env, standardize_reward, raw_col
     assert (first["seed"], second["seed"]) == (3_000_069, 3_000_129)
     assert (len(first["rows"]), len(second["rows"])) == (60, 120) and first["init"] is None
     if options["warm_start"]:
-        assert_same(second["init"].state_dict(), first["result"])
+        assert_same_state(second["init"].state_dict(), first["result"])
     else:
         assert second["init"] is None
 
@@ -470,14 +440,14 @@ def whole(tmp_path_factory):
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, owner, name, count):
     """All is restored. Episodes begin in one place and end at each checkpoint, so a new episode changes nothing."""
     folder = stopped_run(monkeypatch, tmp_path, owner, name, count, **EXACT)
-    resume(monkeypatch, folder)
+    command(monkeypatch, online, resume=folder)
     a, b = map(checkpoint, (folder, whole))
     for state in (a, b):
         del state["seconds"], state["log_size"]
-    assert_same(a, b)
+    assert_same_state(a, b)
     a, b = ({k: v for k, v in read_metrics(f).items() if "perf/" not in k[1]} for f in (folder, whole))
     assert a == b and list(a) == list(b)
-    assert_same(*(edm.load_edm(f / "diffusion.pt").state_dict() for f in (folder, whole)))
+    assert_same_state(*(edm.load_edm(f / "diffusion.pt").state_dict() for f in (folder, whole)))
     for file in ("synthetic.npz", "final_returns.npz"):
         with np.load(folder / file) as a, np.load(whole / file) as b:
             assert all(np.array_equal(a[key], b[key], equal_nan=True) for key in b.files)
@@ -487,7 +457,7 @@ def test_resume_begins_a_new_episode(tmp_path, monkeypatch):
     options = dict(env="Pendulum-v1", algo="sac", eval_episodes=0, checkpoint_every=40)
     folder = stopped_run(monkeypatch, tmp_path, SAC, "update", 150, **options)
     assert checkpoint(folder)["step"] == 120 and not checkpoint(folder)["timeouts"].any()
-    resume(monkeypatch, folder)
+    command(monkeypatch, online, resume=folder)
     saved = checkpoint(folder)
     rows, timeouts = saved["replay"], saved["timeouts"]
     assert saved["step"] == len(rows) == 130 and torch.nonzero(timeouts).flatten().tolist() == [119]
@@ -496,11 +466,11 @@ def test_resume_begins_a_new_episode(tmp_path, monkeypatch):
 
 def test_ended_run_can_still_be_saved(tmp_path, monkeypatch):
     folder, path = run(tmp_path, algo="sac", eval_episodes=0), tmp_path / "late.h5"
-    resume(monkeypatch, folder, "--save-dataset", str(path))
+    command(monkeypatch, online, resume=folder, save_dataset=path)
     with h5py.File(path) as f:
         np.testing.assert_array_equal(f["rewards"], checkpoint(folder)["replay"][:, 4])
     path.write_text("mine")
-    resume(monkeypatch, folder, "--save-dataset", str(path))
+    command(monkeypatch, online, resume=folder, save_dataset=path)
     assert path.read_text() == "mine"
 
 
@@ -538,8 +508,8 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, message
     contents = lambda: {str(p): p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}  # noqa: E731
     before = contents()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["synther_sac_online.py", "--device", "cpu", *BAD_COMMANDS[message].split()])
+    words = iter(BAD_COMMANDS[message].split())
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(online.__file__, run_name="__main__")
+        command(monkeypatch, online, device="cpu", **{key[2:].replace("-", "_"): next(words) for key in words})
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and re.search(message, line) and contents() == before

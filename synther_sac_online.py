@@ -424,7 +424,7 @@ def main(args):
         wandb.init(**where, config=vars(args), resume="allow")
         wandb.define_metric("*", step_metric="step")
 
-    def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
+    def log(step, values):  # step: environment steps, for all of them
         for key, value in values.items():
             print(step, key, float(value), sep=",", file=metrics)
         if args.track:

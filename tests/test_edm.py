@@ -569,8 +569,13 @@ def test_full_disk_leaves_the_old_file_and_no_other(tmp_path, content):
 def test_stopped_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     edm.save_atomically(path, lambda f: f.write(b"old"))
+
+    def write_half(f):
+        f.write(b"ne")
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        edm.save_atomically(path, lambda f: [f.write(b"ne"), signal.raise_signal(signal.SIGINT)])
+        edm.save_atomically(path, write_half)
     assert path.read_bytes() == b"old"
     edm.save_atomically(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

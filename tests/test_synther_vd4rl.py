@@ -511,10 +511,15 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, vd4rl):
     """Every moment at which a file is replaced, in all stages: a run that ended there goes on to the same numbers."""
     with monkeypatch.context() as patch:
         copy_before_writes(patch, tmp_path / "killed")
-        whole = run(synther_vd4rl, tmp_path / "whole", dataset_path=vd4rl, **TINY | dict(eval_episodes=0, feature_dim=4))
+        whole = run(
+            synther_vd4rl,
+            tmp_path / "whole",
+            dataset_path=vd4rl,
+            **TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6),
+        )
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
-    assert len(killed) > 20 and not (killed[1] / "agent.pt").exists() and (killed[-1] / "synthetic.npz").exists()
-    for folder in killed[::3]:
+    assert len(killed) > 10 and not (killed[1] / "agent.pt").exists() and (killed[-1] / "synthetic.npz").exists()
+    for folder in killed:
         command(monkeypatch, synther_vd4rl, resume=folder)
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
         for name in ("checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt"):

@@ -616,6 +616,7 @@ def assert_same_data(actual, expected):
     assert list(actual) == list(edm.KEYS)
     for key, x in actual.items():
         assert x.dtype == (bool if key == "terminals" else np.float32), key
+        assert x.ndim == (1 if key in ("rewards", "terminals") else 2), key
         np.testing.assert_array_equal(x, np.reshape(expected[key], x.shape).astype(x.dtype), err_msg=key)
 
 

@@ -84,7 +84,8 @@ def main(args):
         if args.wall_clock:
             draw(panels[env][1], np.mean([minutes(run) for run in runs.values()], axis=0), scores, **style)
             panels[env][1].set(xlabel="minutes")
-        panels[env][0].set(title=env, xlabel=args.against or unit, ylabel=scored.replace("_", " "))
+        ylabel = "return" if scored == "returns" else "normalised score"
+        panels[env][0].set(title=env, xlabel=args.against or unit, ylabel=ylabel)
     if args.against:
         for (env, label), own in points.items():
             style = dict(label=label, color=f"C{labels.index(label)}", marker="o", capsize=3)

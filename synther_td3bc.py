@@ -302,8 +302,7 @@ class Maze2d(gym.Env):
 
 class AntMaze(gym.Env):
     """D4RL's antmaze, with cells of 4 m: an ant starts at cell (1, 1). It gets reward 1 within 0.5 m of its goal, which
-    ends the episode. Each episode has its own goal. Observation [29]: 15 positions, 14 velocities. Action [8]: torques.
-    """
+    ends the episode. Each episode has its own. Observation [29]: 15 positions, 14 velocities. Action [8]: torques."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
     action_space = gym.spaces.Box(-1, 1, (8,), np.float32)

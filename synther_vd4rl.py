@@ -363,15 +363,17 @@ def random_shift(images, pad=4):
 def extract_latents(agent, data, args):
     """Rows [z, a, r, z'] of all transitions of the dataset, on the CPU. Each image stack is shifted at random once."""
     torch.manual_seed(args.diffusion_seed)
-    parts = []
+    rows = None
     for index in edm.Bar(torch.arange(len(data["row"]), device=args.device).split(256), "latents"):
         row, start = data["row"][index], data["start"][index]
         z, next_z = (
             agent.latents(random_shift(stacked(data["frames"], last, start)))
             for last in (row - 1, row + args.nstep - 1)
         )
-        parts.append(torch.cat([z, data["action"][index], data["reward"][index][:, None], next_z], dim=1).cpu())
-    return torch.cat(parts)
+        part = torch.cat([z, data["action"][index], data["reward"][index][:, None], next_z], dim=1)
+        rows = torch.empty(len(data["row"]), part.shape[1]) if rows is None else rows  # small pieces would hold memory
+        rows[index.cpu()] = part.cpu()
+    return rows
 
 
 def keep_freed_memory():

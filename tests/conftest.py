@@ -13,6 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
+import edm
+
+edm.plot_marginals.__defaults__ = (8,)  # panels: 48 take three seconds of every run
+
 
 @pytest.fixture
 def float64():

@@ -869,7 +869,7 @@ def test_numbers_that_can_be():
 
 # --- Command line -----------------------------------------------------------------------------------------------------
 
-TINY = dict(num_samples=30_300, sample_batch_size=500, diffusion_steps=300, diffusion_width=16, device="cpu")
+TINY = dict(num_samples=15_300, sample_batch_size=500, diffusion_steps=300, diffusion_width=16, device="cpu")
 
 
 def test_killed_command_goes_on(tmp_path):
@@ -893,7 +893,7 @@ def test_killed_command_goes_on(tmp_path):
     assert_same_data(data, whole)
     model = edm.load_edm(tmp_path / "out.pt")
     assert (model.mean[-1], model.std[-1]) == (0, 1) and (model.std[:-1] != 1).all()  # all but d are standardised
-    assert_same_data(data, edm.unpack(edm.generate(model, 30_300, DiffusionArgs(sample_batch_size=500)), 3, 2))
+    assert_same_data(data, edm.unpack(edm.generate(model, 15_300, DiffusionArgs(sample_batch_size=500)), 3, 2))
 
 
 @pytest.mark.parametrize(

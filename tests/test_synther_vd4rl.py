@@ -519,7 +519,7 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, vd4rl):
         )
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(killed) > 10 and not (killed[1] / "agent.pt").exists() and (killed[-1] / "synthetic.npz").exists()
-    for folder in killed:
+    for folder in killed[::2]:
         command(monkeypatch, synther_vd4rl, resume=folder)
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
         for name in ("checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt"):

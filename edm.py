@@ -73,7 +73,7 @@ class DiffusionArgs:
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default: 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
     terminals: Literal["column", "classifier"] = "column"
-    """terminals of generated rows: the last column above 0.5 (the paper's), or a classifier (add --true-next-obs)"""
+    """terminals of generated rows: the last column above 0.5 (the paper's), or a decision tree (add --true-next-obs)"""
 
 
 RECIPES = {
@@ -489,28 +489,16 @@ def generate(model, num_samples, args=DiffusionArgs()):
     return rows
 
 
-@own_randomness
-def relabel_terminals(rows, real, seed=0, steps=5_000, batch_size=512):
-    """Set the last column of generated rows [M, dim] by a classifier of d from (s, a, r, s'), trained on real ones.
+def relabel_terminals(rows, real, seed=0):
+    """Set the last column of generated rows [M, dim] by a decision tree of d from (s, a, r, s'), grown on real rows.
 
-    Not the paper's. Where terminals are rare, the diffusion model misses most of them.
+    Not the paper's. Most tasks end an episode at a limit of some column of s', which a tree finds exactly. Where
+    terminals are rare, the diffusion model itself misses most of them.
     """
-    torch.manual_seed(seed)
-    mean, std = real[:, :-1].mean(0), real[:, :-1].std(0) + 1e-5
-    layers = nn.Linear(len(mean), 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1), nn.Flatten(0)
-    classifier = nn.Sequential(*layers)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in Bar(range(steps), "terminals"):
-        batch = real[torch.randint(len(real), (batch_size,))]
-        loss = F.binary_cross_entropy_with_logits(classifier((batch[:, :-1] - mean) / std), batch[:, -1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    with torch.no_grad():
-        for part in rows.split(10_000):
-            part[:, -1] = classifier((part[:, :-1] - mean) / std) > 0
+    from sklearn.tree import DecisionTreeClassifier  # here, because it takes seconds
+
+    tree = DecisionTreeClassifier(random_state=seed).fit(real[:, :-1].numpy(), real[:, -1].numpy() > 0.5)
+    rows[:, -1] = torch.from_numpy(tree.predict(rows[:, :-1].numpy()))
 
 
 def generate_transitions(model, real, args):
@@ -566,6 +554,25 @@ def correlation(real, synthetic):
     return (1 - (rho_real - rho_synthetic).abs().double() / 2).mean().item()
 
 
+def c2st(real, synthetic, max_rows=15_000):
+    """Classifier two-sample test: can gradient-boosted trees tell generated rows from real ones?
+
+    Returns the area under their ROC curve on a third of the rows, which they have not seen: 0.5 if they cannot, 1 if
+    they always can, NaN of fewer than ten rows.
+    """
+    if min(len(real), len(synthetic)) < 10:
+        return math.nan
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import train_test_split
+
+    rows = np.concatenate([real[:max_rows], synthetic[:max_rows]])
+    is_real = np.arange(len(rows)) < min(len(real), max_rows)
+    rows, held_out, is_real, labels = train_test_split(rows, is_real, test_size=1 / 3, random_state=0, stratify=is_real)
+    trees = HistGradientBoostingClassifier(max_iter=200, early_stopping=True, random_state=0).fit(rows, is_real)
+    return roc_auc_score(labels, trees.predict_proba(held_out)[:, 1])
+
+
 @own_randomness
 def quality_report(real, synthetic):
     """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
@@ -573,16 +580,20 @@ def quality_report(real, synthetic):
     marginal and correlation are Table 1's, of at most 100,000 generated rows, as in the paper. terminals and
     terminals_real are the shares of rows whose last column is above 0.5. nearest is the median distance, in
     standardised units, from a generated row to its nearest real one, nearest_real from a real row to its nearest other:
-    copies would be much nearer than that.
+    copies would be much nearer than that. c2st is that of the rows without their last column, c2st_real of real rows
+    against other real ones.
     """
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
-    points = (real[torch.randperm(len(real))[:50_000]] - mean) / (std + 1e-5)
+    shuffled = real[torch.randperm(len(real))[:50_000]]
+    points = (shuffled - mean) / (std + 1e-5)
     queries, others = points.tensor_split([min(1_000, len(points) // 2)])
     report = {
         "marginal": marginal(real, some),
         "correlation": correlation(real, some),
+        "c2st": c2st(shuffled[:, :-1], some[:, :-1]),
+        "c2st_real": c2st(*shuffled[:, :-1].tensor_split(2)),
         "terminals_real": (real[:, -1] > 0.5).double().mean().item(),
         "terminals": (some[:, -1] > 0.5).double().mean().item(),
         "nearest": torch.cdist((some[:1_000] - mean) / (std + 1e-5), points).amin(1).median().item(),

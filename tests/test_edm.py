@@ -423,11 +423,11 @@ def test_relabelled_terminals_follow_the_real_ones():
     real[:, -1] = real[:, 3] > 150  # 8 %
     rows[:, -1] = 0.2
     relabelled, again, before = rows.clone(), rows.clone(), torch.get_rng_state()
-    edm.relabel_terminals(relabelled, real, steps=500)
+    edm.relabel_terminals(relabelled, real)
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(relabelled[:, :-1], rows[:, :-1])
     assert set(relabelled[:, -1].tolist()) == {0.0, 1.0}
-    assert (relabelled[:, -1] == (rows[:, 3] > 150)).float().mean() > 0.98
-    edm.relabel_terminals(again, real, steps=500)
+    assert (relabelled[:, -1] == (rows[:, 3] > 150)).float().mean() > 0.995
+    edm.relabel_terminals(again, real)
     assert torch.equal(again, relabelled)
 
 
@@ -498,11 +498,21 @@ def test_correlation_is_numpys(constant):
     assert edm.correlation(torch.stack([x, x], 1), torch.stack([x, -x], 1)) == pytest.approx(0)
 
 
+def test_classifier_sees_what_the_columns_do_not_show():
+    """Rows of the same distribution cannot be told apart, rows with the same columns drawn independently can."""
+    real = sample_rows(3_000, 0)
+    real[:, 1] = real[:, 0] + 0.1 * real[:, 1]
+    shuffled = torch.stack([column[torch.randperm(1_500)] for column in real[1_500:].T], dim=1)
+    assert 0.4 < edm.c2st(real[:1_500], real[1_500:]) < 0.6
+    assert edm.c2st(real[:1_500], shuffled) > 0.9
+
+
 def test_quality_report():
     real, synthetic = sample_rows(3_000, 0), sample_rows(400, 1)
     report, before = edm.quality_report(real, synthetic), torch.get_rng_state()
     assert report["marginal"] == pytest.approx(edm.marginal(real, synthetic), abs=1e-5)
     assert report["correlation"] == pytest.approx(edm.correlation(real, synthetic), abs=1e-5)
+    assert report["c2st"] > 0.9 and report["c2st_real"] == pytest.approx(0.5, abs=0.1)  # another mixture of the columns
     assert report["terminals_real"] == pytest.approx(0.1, abs=1e-3) and report["terminals"] == pytest.approx(0.1)
     assert edm.quality_report(real, synthetic) == report and torch.equal(torch.get_rng_state(), before)
 

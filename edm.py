@@ -492,8 +492,7 @@ def generate(model, num_samples, args=DiffusionArgs()):
 def relabel_terminals(rows, real, seed=0):
     """Set the last column of generated rows [M, dim] by a decision tree of d from (s, a, r, s'), grown on real rows.
 
-    Not the paper's. Most tasks end an episode at a limit of some column of s', which a tree finds exactly. Where
-    terminals are rare, the diffusion model itself misses most of them.
+    Not the paper's. The diffusion model misses most terminals where they are rare. A tree finds limits of s' exactly.
     """
     from sklearn.tree import DecisionTreeClassifier  # here, because it takes seconds
 
@@ -555,22 +554,19 @@ def correlation(real, synthetic):
 
 
 def c2st(real, synthetic, max_rows=15_000):
-    """Classifier two-sample test: can gradient-boosted trees tell generated rows from real ones?
-
-    Returns the area under their ROC curve on a third of the rows, which they have not seen: 0.5 if they cannot, 1 if
-    they always can, NaN of fewer than ten rows.
+    """Classifier two-sample test: the area under the ROC curve of gradient-boosted trees that tell generated rows from
+    real ones, on a third of the rows, which they have not seen. 0.5: they cannot; 1: always; NaN: too few rows.
     """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
+
     if min(len(real), len(synthetic)) < 10:
         return math.nan
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import train_test_split
-
     rows = np.concatenate([real[:max_rows], synthetic[:max_rows]])
     is_real = np.arange(len(rows)) < min(len(real), max_rows)
-    rows, held_out, is_real, labels = train_test_split(rows, is_real, test_size=1 / 3, random_state=0, stratify=is_real)
-    trees = HistGradientBoostingClassifier(max_iter=200, early_stopping=True, random_state=0).fit(rows, is_real)
-    return roc_auc_score(labels, trees.predict_proba(held_out)[:, 1])
+    trees = HistGradientBoostingClassifier(max_iter=200, early_stopping=True, random_state=0)
+    split = StratifiedShuffleSplit(1, test_size=1 / 3, random_state=0)
+    return cross_val_score(trees, rows, is_real, scoring="roc_auc", cv=split).item()
 
 
 @own_randomness
@@ -580,23 +576,22 @@ def quality_report(real, synthetic):
     marginal and correlation are Table 1's, of at most 100,000 generated rows, as in the paper. terminals and
     terminals_real are the shares of rows whose last column is above 0.5. nearest is the median distance, in
     standardised units, from a generated row to its nearest real one, nearest_real from a real row to its nearest other:
-    copies would be much nearer than that. c2st is that of the rows without their last column, c2st_real of real rows
-    against other real ones.
+    copies would be much nearer. c2st leaves out the last column; c2st_real is that of real rows among themselves.
     """
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
-    shuffled = real[torch.randperm(len(real))[:50_000]]
-    points = (shuffled - mean) / (std + 1e-5)
+    chosen = real[torch.randperm(len(real))[:50_000]]
+    points, new = ((rows - mean) / (std + 1e-5) for rows in (chosen, some))
     queries, others = points.tensor_split([min(1_000, len(points) // 2)])
     report = {
         "marginal": marginal(real, some),
         "correlation": correlation(real, some),
-        "c2st": c2st(shuffled[:, :-1], some[:, :-1]),
-        "c2st_real": c2st(*shuffled[:, :-1].tensor_split(2)),
+        "c2st": c2st(points[:, :-1], new[:, :-1]),
+        "c2st_real": c2st(*points[:, :-1].tensor_split(2)),
         "terminals_real": (real[:, -1] > 0.5).double().mean().item(),
         "terminals": (some[:, -1] > 0.5).double().mean().item(),
-        "nearest": torch.cdist((some[:1_000] - mean) / (std + 1e-5), points).amin(1).median().item(),
+        "nearest": torch.cdist(new[:1_000], points).amin(1).median().item(),
         "nearest_real": torch.cdist(queries, others).amin(1).median().item(),
     }
     return {key: round(value, 5) for key, value in report.items()}
@@ -612,9 +607,9 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     for i, ax in zip(shown, fig.subplots(num_lines, 8).flat):
         x, y = real[:100_000, i], synthetic[:100_000, i]
         low, high = np.quantile(x, [0.001, 0.999])
+        bins = np.linspace(low - 1e-3, high + 1e-3, 60)
         for values, color in ((x, "tab:orange"), (y, "tab:blue")):
-            bins, style = np.linspace(low - 1e-3, high + 1e-3, 60), dict(color=color, alpha=0.6)
-            ax.hist(values.clamp(low, high).numpy(), bins, density=True, histtype="stepfilled", **style)
+            ax.hist(values.clamp(low, high).numpy(), bins, density=True, histtype="stepfilled", fc=color, alpha=0.6)
         ax.set(title=names[i], yticks=[])
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))

@@ -560,7 +560,7 @@ def c2st(real, synthetic, max_rows=15_000):
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 
-    if min(len(real), len(synthetic)) < 10:
+    if min(len(real), len(synthetic)) < 9:
         return math.nan
     rows = np.concatenate([real[:max_rows], synthetic[:max_rows]])
     is_real = np.arange(len(rows)) < min(len(real), max_rows)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import torch
 from helpers import command, d4rl_rows, make_minari, transitions, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest, norm, rankdata
 
 import edm
 from edm import EDM, Denoiser, DiffusionArgs, RunError
@@ -103,15 +105,36 @@ def test_normalizer():
     torch.testing.assert_close(z[:, 0], torch.tensor([-2.0, -1.0, 3.0]) / std, rtol=1e-4, atol=0)
     assert torch.equal(z[:, 1], torch.zeros(3)) and torch.equal(z[:, 2], data[:, 2])
     torch.testing.assert_close(model.unnormalize(z), data)
-    torch.testing.assert_close(model.low, torch.tensor([-4.5 / std, 0.0, -0.5]), rtol=1e-4, atol=0)
-    torch.testing.assert_close(model.high, torch.tensor([5.5 / std, 0.0, 1.5]), rtol=1e-4, atol=0)
+
+
+def test_normalizer_with_knots():
+    """A fifth of the rank; values that many rows share fill an interval; nothing leaves the range of the data."""
+    torch.manual_seed(0)
+    data = torch.randn(5_000, 4).exp()
+    data[:, 1].clamp_(0.5, 2.0)  # a quarter of the rows at each limit
+    data[:, 2], data[:, 3] = 7.0, (data[:, 3] > 4).float()
+    model = EDM(4, width=8, depth=1, knots=1_000)
+    model.fit_normalizer(data, raw_columns=[-1])
+    z, x, limited = model.normalize(data), data[:, 0].numpy(), data[:, 1] == 2.0
+    x2 = data[:, 1]
+    error = z[:, 0].numpy() - 0.8 * (x - x.mean()) / x.std() - 0.2 * norm.ppf((rankdata(x) - 0.5) / len(x))
+    assert np.median(abs(error)) < 1e-3 and abs(error).max() < 0.1  # the ends are steep
+    first, last = model.knots[1][model.values[1] == 2.0].aminmax()
+    assert limited.float().mean() == pytest.approx(norm.sf((first - 0.8 * (2 - x2.mean()) / x2.std()) / 0.2), abs=0.01)
+    assert kstest(z[limited, 1], "uniform", (first, last - first)).statistic < 0.05
+    assert 0.2 < z[:, 2].std() < 0.5 and torch.equal(z[:, 3], data[:, 3])
+    torch.testing.assert_close(model.unnormalize(z), data, rtol=1e-5, atol=1e-5)
+    assert (model.unnormalize(z)[limited, 1] == 2.0).all()
+    low, high = data.aminmax(dim=0)
+    torch.testing.assert_close(model.unnormalize(torch.full((1, 4), -9.0)), low[None])
+    torch.testing.assert_close(model.unnormalize(torch.full((1, 4), 99.0)), high[None])
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.29, 0.31, 7.0])
 def test_guidance(sigma):
     """Up to a noise level of 0.3, the estimate moves on by half its change since early, of which sigma counts at most.
 
-    Guided estimates stay within limits at any noise level. A model without guidance has none.
+    With knots, estimates stay between the first and the last at any noise level.
     """
     torch.manual_seed(0)
     model, plain = EDM(3, width=8, depth=2, guided=True), EDM(3, width=8, depth=2)
@@ -126,10 +149,10 @@ def test_guidance(sigma):
     guided = late + 0.5 * change if sigma < 0.3 else late
     torch.testing.assert_close(model.denoise(x, sigma), guided)
     torch.testing.assert_close(plain.denoise(x, sigma), late)
-    for limited in (model, plain):
-        limited.low.fill_(-0.01), limited.high.fill_(0.02)
-    torch.testing.assert_close(model.denoise(x, sigma), guided.clamp(-0.01, 0.02))
-    torch.testing.assert_close(plain.denoise(x, sigma), late)
+    limited = EDM(3, width=8, depth=2, guided=True, knots=2)
+    knots = dict(values=torch.zeros(3, 2), knots=torch.tensor([[-0.01, 0.02]] * 3))
+    limited.load_state_dict(model.state_dict() | knots)
+    torch.testing.assert_close(limited.denoise(x, sigma), guided.clamp(-0.01, 0.02))
 
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
@@ -171,6 +194,17 @@ def test_deterministic_samplers_are_second_order(sampler, schedule):
     errors = [(sampler(gaussian_denoise, x, schedule(n)) - exact).abs().max().item() for n in steps]
     slope, _ = np.polyfit(np.log(steps), np.log(errors), 1)
     assert slope == pytest.approx(-2, abs=0.1) and errors[-1] < 2e-4
+
+
+@pytest.mark.parametrize("num_steps, tolerance", [(32, 0.05), (128, 0.005)])
+def test_new_noise_mends_earlier_errors(num_steps, tolerance):
+    """With eta = 1, samples are as wide as the data, also from a start that is half as wide as it should be."""
+    torch.manual_seed(0)
+    x, sigmas = 80 * torch.randn(200_000, dtype=torch.float64), edm.karras_sigmas(num_steps)
+    for scale in (1.0, 0.5):
+        samples = edm.sample_dpmpp(gaussian_denoise, scale * x, sigmas, eta=1.0)
+        assert samples.mean() == pytest.approx(MEAN, abs=0.005) and samples.std() == pytest.approx(SD, rel=tolerance)
+    assert edm.sample_dpmpp(gaussian_denoise, 0.5 * x, sigmas).std() == pytest.approx(SD / 2, rel=0.03)
 
 
 @pytest.mark.parametrize("sampler, calls_for", [(edm.sample_dpmpp, lambda n: n), (edm.sample_sde, lambda n: 2 * n - 1)])
@@ -257,32 +291,36 @@ def diffusion_args(**options):
     return DiffusionArgs(**sizes | {f"diffusion_{name}": value for name, value in options.items()})
 
 
+FAST = dict(time_dim=32, gated=True, waves=3, guided=True, knots=1_000)
+
+
 @pytest.mark.parametrize(
-    "recipe, steps, lr, activation, beta", [("paper", 140, 3e-2, "relu", 0.995), ("fast", 800, 3e-3, "gelu", 3 / 8)]
+    "recipe, steps, lr, options, beta", [("paper", 140, 3e-2, {}, 0.995), ("fast", 800, 3e-3, FAST, 3 / 8)]
 )
-def test_training_equals_a_plain_loop(float64, recipe, steps, lr, activation, beta):
+def test_training_equals_a_plain_loop(float64, recipe, steps, lr, options, beta):
     """Adam, cosine schedule, clipping and EMA, written with PyTorch's own parts."""
     data = two_modes(200).double() * torch.tensor([1.0, 1e-3])
     trained = edm.train_edm(data, diffusion_args(steps=steps, recipe=recipe, lr=lr, seed=3))
 
     torch.manual_seed(3)
-    model = EDM(2, width=32, depth=2, activation=activation)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
+    model = EDM(2, width=32, depth=2, **options)
+    model.fit_normalizer(data)
+    rows, params = model.normalize(data), list(model.denoiser.parameters())
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    average, clipped = [p.detach().clone() for p in model.parameters()], 0
-    rows = (data - data.mean(0)) / (data.std(0) + 1e-5)
+    average, clipped = [p.detach().clone() for p in params], 0
     for k in range(steps):
         x = rows[torch.randint(200, (32,))]
         sigma = torch.exp(-1.2 + 1.2 * torch.randn(32, 1))
         error = model(x + sigma * torch.randn(32, 2), sigma) - x
         optimizer.zero_grad()
         ((sigma**2 + 1) / sigma**2 * error**2).mean().backward()
-        clipped += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
+        clipped += torch.nn.utils.clip_grad_norm_(params, 1.0) > 1
         optimizer.step()
         scheduler.step()
         if k % 10 == 0:
             decay = min(beta, 1 - (1 + k - 100) ** (-2 / 3)) if k > 100 else 0
-            for a, p in zip(average, model.parameters()):
+            for a, p in zip(average, params):
                 a.copy_(decay * a + (1 - decay) * p.detach())
         if k == steps // 10:
             early = [a.clone() for a in average]
@@ -304,7 +342,7 @@ def learned():
 
 def test_training_lowers_the_loss(learned):
     """To well below that of the best linear denoiser."""
-    eigenvalues = np.linalg.eigvalsh(np.corrcoef(two_modes(5_000).T))
+    eigenvalues = np.linalg.eigvalsh(np.cov(learned[0].normalize(two_modes(5_000)).T))
     sigma = np.exp(-1.2 + 1.2 * np.random.default_rng(0).standard_normal((10_000, 1)))
     linear = (eigenvalues * (sigma**2 + 1) / (sigma**2 + eigenvalues)).mean()
     assert len(learned[1]) == 5 and learned[1][-1] < 0.85 * linear
@@ -416,29 +454,21 @@ def test_samples_are_in_raw_units_and_finite(model):
             draw(model, 25)
 
 
-def test_relabelled_terminals_follow_the_real_ones():
-    """Where d depends on s', generated rows get the d of their s'; nothing else changes, and the same each time."""
-    columns = lambda n, seed: torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)) * 100 + 7  # noqa: E731
-    real, rows = columns(3_000, 0), columns(1_000, 1)
-    real[:, -1] = real[:, 3] > 150  # 8 %
-    rows[:, -1] = 0.2
-    relabelled, again, before = rows.clone(), rows.clone(), torch.get_rng_state()
-    edm.relabel_terminals(relabelled, real)
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(relabelled[:, :-1], rows[:, :-1])
-    assert set(relabelled[:, -1].tolist()) == {0.0, 1.0}
-    assert (relabelled[:, -1] == (rows[:, 3] > 150)).float().mean() > 0.995
-    edm.relabel_terminals(again, real)
-    assert torch.equal(again, relabelled)
-
-
 def test_terminals_of_generated_rows(model, monkeypatch):
-    options, real = dict(num_samples=50, sample_steps=5), torch.zeros(4, 3)
-    rows = edm.generate_transitions(model, real, DiffusionArgs(**options))
-    raw = edm.generate(model, 50, DiffusionArgs(**options))
-    assert torch.equal(rows[:, :-1], raw[:, :-1]) and torch.equal(rows[:, -1], (raw[:, -1] > 0.5).float())
-    monkeypatch.setattr(edm, "relabel_terminals", lambda rows, real, seed: rows[:, -1].fill_(len(real) + seed))
-    rows = edm.generate_transitions(model, real, DiffusionArgs(**options, terminals="classifier", diffusion_seed=3))
-    assert (rows[:, -1] == 7).all()
+    """The column: d above 0.5. The classifier: where d depends on s', generated rows get the d of their s'."""
+    columns = lambda n, seed: torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)) * 100 + 7  # noqa: E731
+    real, raw = columns(3_000, 0), columns(1_000, 1)
+    real[:, -1] = real[:, 3] > 150  # 8 %
+    raw[:, -1] = torch.linspace(-0.2, 1.2, 1_000)
+    monkeypatch.setattr(edm, "generate", lambda model, num_samples, args: raw[:num_samples].clone())
+    args = DiffusionArgs(num_samples=999)
+    draw = lambda terminals: edm.generate_transitions(model, real, replace(args, terminals=terminals))  # noqa: E731
+    before, column, relabelled = torch.get_rng_state(), draw("column"), draw("classifier")
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(draw("classifier"), relabelled)
+    assert torch.equal(column[:, :-1], raw[:999, :-1]) and torch.equal(relabelled[:, :-1], raw[:999, :-1])
+    assert torch.equal(column[:, -1], (raw[:999, -1] > 0.5).float())
+    assert set(relabelled[:, -1].tolist()) == {0.0, 1.0}
+    assert (relabelled[:, -1] == (raw[:999, 3] > 150)).float().mean() > 0.995
 
 
 # --- Transitions <-> rows ---------------------------------------------------------------------------------------------
@@ -539,7 +569,7 @@ def test_plot_of_the_marginals(tmp_path):
 
 def test_saved_model_comes_back_the_same(tmp_path):
     torch.manual_seed(0)
-    model = EDM(3, width=16, depth=2, time_dim=8, residual=False, guided=True, activation="gelu")
+    model = EDM(3, width=16, depth=2, time_dim=8, residual=False, guided=True, gated=True, knots=9, waves=2)
     model.early.out.bias.data += 1
     model.fit_normalizer(torch.randn(20, 3) * 7 + 1)
     edm.save_edm(tmp_path / "diffusion.pt", model)
@@ -850,7 +880,7 @@ def test_defaults_are_the_papers(name, num_rows, width, batch_size):
 def test_steps_choose_the_recipe(options, recipe):
     args = edm.resolve(DiffusionArgs(**options), 1_000_000, "hopper-medium-v2")
     values = [getattr(args, f"diffusion_{name}") for name in ("recipe", "lr", "width", "depth", "batch_size")]
-    assert values == {"fast": ["fast", 2e-3, 384, 4, 256], "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
+    assert values == {"fast": ["fast", 2e-3, 256, 4, 256], "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
 
 
 @pytest.mark.parametrize(

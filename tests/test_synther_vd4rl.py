@@ -483,8 +483,8 @@ def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data)
         assert_same_state(a["agent"], b["agent"])
     assert len(seen) == 4
     for x, actions, rewards, discounts, next_x, _ in seen:
-        index = (rewards[:, None] - rows[:, 106]).abs().argmin(1)  # the reward tells which row it is
-        assert torch.equal(torch.cat([x, actions, rewards[:, None], next_x], 1), rows[index])
+        batch = torch.cat([x, actions, rewards[:, None], next_x], 1)
+        assert (batch[:, None] == rows).all(2).any(1).all()  # each row of the batch is one of these
         assert discounts == 0.99**3
 
 

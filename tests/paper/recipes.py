@@ -26,34 +26,33 @@ from dynamics import dynamics_scores  # it makes edm importable, too
 
 import edm
 
-BASE = dict(lr=1e-3, batch_size=256, width=256, depth=6, residual=True, activation="relu", betas=(0.9, 0.99), ema=0.995)
-BASE |= dict(clip=1.0, p_mean=-1.2, p_std=1.2, terminal=(0.5, 0.25), early=0.0, guidance=1.5)
-PAPER = dict(lr=3e-4, width=1024, terminal=(0.0, 1.0))
-SMALL = dict(ema="scaled", lr=2e-3, depth=4, width=384, terminal=(0.0, 1.0))
-FAST = dict(SMALL, activation="gelu", early=0.1)
+PAPER = dict(lr=3e-4, batch_size=256, width=1024, depth=6, residual=True, time_dim=128, gated=False, waves=0, knots=0)
+PAPER |= dict(betas=(0.9, 0.99), ema=0.995, clip=1.0, p_mean=-1.2, p_std=1.2, early=0.0, guidance=1.5)
+SMALL = dict(PAPER, lr=2e-3, width=384, depth=4, time_dim=384, ema="scaled")
+FAST = dict(SMALL, width=256, time_dim=256, gated=True, waves=3, knots=1_000, early=0.1)
 VARIATIONS = {
-    "base": {},
     "paper": PAPER,
     "fast": FAST,
-    **{f"lr {lr:g}": dict(lr=lr) for lr in (3e-4, 2e-3, 4e-3)},
-    **{f"width {width}": dict(width=width) for width in (128, 512, 1024)},
-    **{f"depth {depth}": dict(depth=depth) for depth in (3, 12)},
-    "batch 128": dict(batch_size=128),
-    "batch 1024": dict(batch_size=1024, lr=2e-3),
-    "no clipping": dict(clip=math.inf),
-    **{f"betas 0.9, {beta}": dict(betas=(0.9, beta)) for beta in (0.95, 0.999)},
-    **{f"EMA {ema}": dict(ema=ema) for ema in (0.98, 0.999)},
-    "EMA by steps": dict(ema="scaled"),
-    **{f"P_mean {p_mean}": dict(p_mean=p_mean) for p_mean in (-2.0, -0.4)},
-    "P_std 1.6": dict(p_std=1.6),
-    "paper's terminal column": dict(terminal=(0.0, 1.0)),
     **{f"paper, depth {depth}": dict(PAPER, depth=depth) for depth in (2, 4)},
     **{f"paper, plain MLP, depth {depth}": dict(PAPER, depth=depth, residual=False) for depth in (2, 4, 6)},  # Table 10
     "4 x 384": SMALL,
-    "GELU": dict(SMALL, activation="gelu"),
-    "guided": dict(SMALL, early=0.1),
-    "fast, guidance 2": dict(FAST, guidance=2.0),
-    "fast, 4 x 512, lr 1e-3": dict(FAST, width=512, lr=1e-3),
+    "no gates": dict(FAST, width=384, time_dim=384, gated=False),
+    "no waves": dict(FAST, waves=0),
+    "no knots": dict(FAST, knots=0),
+    "no guidance": dict(FAST, early=0.0),
+    "guidance 2": dict(FAST, guidance=2.0),
+    **{f"waves {waves}": dict(FAST, waves=waves) for waves in (1, 2, 5)},
+    **{f"knots {knots}": dict(FAST, knots=knots) for knots in (100, 10_000)},
+    **{f"lr {lr:g}": dict(FAST, lr=lr) for lr in (1e-3, 4e-3)},
+    **{f"width {width}": dict(FAST, width=width, time_dim=width) for width in (128, 512)},
+    **{f"depth {depth}": dict(FAST, depth=depth) for depth in (2, 6)},
+    "batch 128": dict(FAST, batch_size=128),
+    "batch 1024": dict(FAST, batch_size=1024, lr=4e-3),
+    "no clipping": dict(FAST, clip=math.inf),
+    "betas 0.9, 0.999": dict(FAST, betas=(0.9, 0.999)),
+    "EMA 0.995": dict(FAST, ema=0.995),
+    **{f"P_mean {p_mean}": dict(FAST, p_mean=p_mean) for p_mean in (-2.0, -0.6)},
+    "P_std 1.6": dict(FAST, p_std=1.6),
 }
 
 
@@ -64,7 +63,7 @@ class Args:
     env: str = "Walker2d-v4"
     """simulator"""
     rows: int = 45_000
-    """real transitions, drawn uniformly"""
+    """real transitions to learn from, drawn uniformly; as many others are compared with the samples"""
     seconds: tuple[int, ...] = (60,)
     """processor seconds of training, on one thread"""
     only: tuple[str, ...] = ()
@@ -84,11 +83,10 @@ class Args:
 def start_training(rows, recipe, seed, steps):
     """The average of a model's weights, and a function that makes step i of its training."""
     torch.manual_seed(seed)
-    sizes = {key: recipe[key] for key in ("width", "depth", "residual", "activation")}
+    sizes = {key: recipe[key] for key in ("width", "depth", "residual", "time_dim", "gated", "waves", "knots")}
     model = edm.EDM(rows.shape[1], guided=recipe["early"] > 0, **sizes)
     model.P_MEAN, model.P_STD, model.GUIDANCE = recipe["p_mean"], recipe["p_std"], recipe["guidance"]
     model.fit_normalizer(rows, raw_columns=[-1])
-    model.mean[-1], model.std[-1] = recipe["terminal"]
     x, ema = model.normalize(rows), copy.deepcopy(model).requires_grad_(False)
     params, ema_params = list(model.denoiser.parameters()), list(ema.denoiser.parameters())
     optimizer = torch.optim.Adam(params, betas=recipe["betas"], fused=True)
@@ -108,40 +106,40 @@ def start_training(rows, recipe, seed, steps):
     return ema, step
 
 
-def run(real, recipe, seconds, seed, args):
-    """Train, generate, and judge one recipe. Returns a dict of scores."""
-    _, step = start_training(real, recipe, seed, 1_000)
+def run(rows, others, recipe, seconds, seed, args):
+    """Train on rows, generate, and compare with other real rows. Returns a dict of scores."""
+    _, step = start_training(rows, recipe, seed, 1_000)
     times = [time.process_time()]
     for i in range(300):
         step(i)
         times.append(time.process_time())
     steps = round(100 * seconds / min(np.diff(times[::100])))
-    model, step = start_training(real, recipe, seed, steps)
+    model, step = start_training(rows, recipe, seed, steps)
     for i in range(steps):
         step(i)
-    rows = edm.generate(model, args.num_samples, edm.DiffusionArgs(diffusion_seed=seed))
-    rows[:, -1] = rows[:, -1] > 0.5
+    new = edm.generate(model, args.num_samples, edm.DiffusionArgs(diffusion_seed=seed))
+    new[:, -1] = new[:, -1] > 0.5
     obs_dim = 11 if args.env == "Hopper-v4" else 17
-    data = edm.unpack(rows[:10_000], obs_dim, real.shape[1] - 2 * obs_dim - 2)
-    return dict(steps=steps) | edm.quality_report(real, rows) | dynamics_scores(args.env, data)
+    data = edm.unpack(new[:10_000], obs_dim, rows.shape[1] - 2 * obs_dim - 2)
+    return dict(steps=steps) | edm.quality_report(others, new) | dynamics_scores(args.env, data)
 
 
 def print_table(results):
-    """The mean over the seeds of each recipe, best dynamics first."""
-    columns = ["steps", "marginal", "correlation", "dynamics", "reward", "terminals", "recall", "precision", "nearest"]
+    """The mean over the seeds of each recipe, best classifier's test first."""
+    columns = ["steps", "c2st", "marginal", "correlation", "dynamics", "reward", "terminals", "recall", "precision", "nearest"]
     for env, seconds in sorted({(r["env"], r["seconds"]) for r in results}):
         print(f"\n{env}, {seconds} s\n\n| recipe | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
         own, table = [r for r in results if (r["env"], r["seconds"]) == (env, seconds)], {}
         for r in own:
             table.setdefault(r["name"], []).append([r[column] for column in columns])
-        for name, x in sorted(table.items(), key=lambda item: np.mean(item[1], axis=0)[3]):
+        for name, x in sorted(table.items(), key=lambda item: np.mean(item[1], axis=0)[1]):
             print(f"| {name} | {len(x)} | {' | '.join(f'{mean:.4g}' for mean in np.mean(x, axis=0))} |")
 
 
 def plot_frontier(results, names, path):
     """Each score over the seconds of training: a line for each variation, a row of panels for each simulator."""
     envs = sorted({r["env"] for r in results}, reverse=True)
-    labels = {"marginal": "marginal", "correlation": "correlation", "dynamics": "squared error of s'"}
+    labels = {"c2st": "classifier's AUC", "correlation": "correlation", "dynamics": "squared error of s'"}
     fig, axes = plt.subplots(len(envs), 3, figsize=(9, 2.6 * len(envs)), layout="constrained", squeeze=False)
     for env, row in zip(envs, axes):
         for ax, (key, label) in zip(row, labels.items()):
@@ -166,14 +164,15 @@ def main(args):
     if args.plot:
         return plot_frontier(results, args.only, args.plot)
     torch.set_num_threads(1)
-    rows = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
-    real = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.rows]]
+    real = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
+    real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
+    rows, others = real[: args.rows], real[args.rows : 2 * args.rows]
     done = {(r["env"], r["seconds"], r["name"], r["seed"]) for r in results}
     for seconds, seed, name in itertools.product(args.seconds, args.seeds, args.only or VARIATIONS):
         if (args.env, seconds, name, seed) in done:
             continue
-        result = dict(env=args.env, rows=len(real), seconds=seconds, name=name, seed=seed)
-        result |= run(real, BASE | VARIATIONS[name], seconds, seed, args)
+        result = dict(env=args.env, rows=len(rows), seconds=seconds, name=name, seed=seed)
+        result |= run(rows, others, VARIATIONS[name], seconds, seed, args)
         with open(args.out, "a") as f:
             f.write(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)

@@ -22,10 +22,8 @@ class Args(ModelArgs):
 
 def main(args):
     real, obs_dim, act_dim = load(args)
-    column = edm.generate(edm.load_edm(args.model), args.num_samples)
-    column[:, -1] = column[:, -1] > 0.5
-    classifier = column.clone()
-    edm.relabel_terminals(classifier, real)
+    options = [edm.DiffusionArgs(num_samples=args.num_samples, terminals=name) for name in ("column", "classifier")]
+    column, classifier = (edm.generate_transitions(edm.load_edm(args.model), real, option) for option in options)
     print("| terminals | share | ends in the simulator | recall | precision | dynamics error |\n" + "|---" * 6 + "|")
     for name, rows in (("real rows", real[:100_000]), ("column", column), ("classifier", classifier)):
         scores = dynamics_scores(args.env, edm.unpack(rows, obs_dim, act_dim))

@@ -33,6 +33,25 @@ def load(args):
     return edm.pack(**data), data["observations"].shape[1], data["actions"].shape[1]
 
 
+def replay(env_id, observations, actions):
+    """What the simulator makes of states [N, obs_dim] and actions [N, act_dim], those apart whose s' cannot be known.
+
+    Returns: known [N], bool; of the known rows the next observations, the rewards, and whether the episode ends.
+    """
+    nq = NQ[env_id]
+    known = np.isfinite(observations).all(1)
+    if env_id != "HalfCheetah-v4":  # where a velocity is clipped, the true one is unknown
+        known &= (np.abs(observations[:, nq - 1 :]) < 9.99).all(1)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
+        env = gym.make(env_id).unwrapped
+    env.reset(seed=0)
+    steps = []
+    for s, a in zip(observations[known].astype(np.float64), actions[known].astype(np.float64)):
+        env.set_state(np.concatenate([[0.0], s[: nq - 1]]), s[nq - 1 :])
+        steps.append(env.step(np.clip(a, -1, 1))[:3])
+    return known, *map(np.array, zip(*steps))
+
+
 def dynamics_scores(env_id, data):
     """Compare generated transitions (dict of `edm.unpack`) with the simulator (Figure 5). Returns a dict:
 
@@ -42,20 +61,8 @@ def dynamics_scores(env_id, data):
     falls: share of rows that end the episode in the simulator.
     recall, precision: share of these rows that the data call terminal, and of the terminal rows that are such.
     """
-    data = {key: np.asarray(x, bool if key == "terminals" else np.float64) for key, x in data.items()}
-    nq, states = NQ[env_id], data["observations"]
-    known = np.isfinite(states).all(1)
-    if env_id != "HalfCheetah-v4":  # where a velocity is clipped, the true one is unknown
-        known &= (np.abs(states[:, nq - 1 :]) < 9.99).all(1)
+    known, next_observations, rewards, falls = replay(env_id, data["observations"], data["actions"])
     data = {key: x[known] for key, x in data.items()}
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
-        env = gym.make(env_id).unwrapped
-    env.reset(seed=0)
-    steps = []
-    for s, a in zip(data["observations"], data["actions"]):
-        env.set_state(np.concatenate([[0.0], s[: nq - 1]]), s[nq - 1 :])
-        steps.append(env.step(np.clip(a, -1, 1))[:3])
-    next_observations, rewards, falls = map(np.array, zip(*steps))
     going_on = ~data["terminals"] & ~falls
     hits = (data["terminals"] & falls).sum()
     return {

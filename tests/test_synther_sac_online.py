@@ -315,7 +315,7 @@ def test_updates_and_their_batches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(edm, "generate", generate)
     monkeypatch.setattr(SAC, "update", recording_update)
-    losses = read_metrics(run(tmp_path, utd=3, eval_episodes=0))
+    losses = read_metrics(run(tmp_path, utd=3, eval_episodes=0, terminals="column"))
     batches = torch.stack([batch for batch, _ in updates])
     assert [with_actor for _, with_actor in updates] == 80 * [False, False, True]
     synthetic = batches[:, :, 0] > 500

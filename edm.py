@@ -56,7 +56,7 @@ class DiffusionArgs:
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024, and 2048 for three datasets; fast: 256 with gates)"""
     diffusion_depth: Optional[int] = None
-    """blocks of the denoiser (paper: 6; fast: 4)"""
+    """blocks of the denoiser (paper: 6; fast: 3)"""
     diffusion_residual: bool = True
     """residual blocks; without, a plain MLP (Table 10)"""
     diffusion_batch_size: Optional[int] = None
@@ -79,7 +79,7 @@ class DiffusionArgs:
 
 RECIPES = {
     "paper": dict(diffusion_lr=3e-4, diffusion_width=1024, diffusion_depth=6, terminals="column"),  # Table 8
-    "fast": dict(diffusion_lr=2e-3, diffusion_width=256, diffusion_depth=4, terminals="classifier"),  # ours
+    "fast": dict(diffusion_lr=2e-3, diffusion_width=256, diffusion_depth=3, terminals="classifier"),  # ours
 }
 FAST = dict(gated=True, waves=3, guided=True, knots=1_000)  # the rest of it: arguments of EDM
 WIDE = ("halfcheetah-medium-expert-v2", "hopper-medium-v2", "hopper-medium-expert-v2")  # 2048 units, Appendix B.2

@@ -880,7 +880,7 @@ def test_defaults_are_the_papers(name, num_rows, width, batch_size):
 def test_steps_choose_the_recipe(options, recipe):
     args = edm.resolve(DiffusionArgs(**options), 1_000_000, "hopper-medium-v2")
     values = [getattr(args, f"diffusion_{name}") for name in ("recipe", "lr", "width", "depth", "batch_size")]
-    assert values == {"fast": ["fast", 2e-3, 256, 4, 256], "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
+    assert values == {"fast": ["fast", 2e-3, 256, 3, 256], "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ import edm
 
 PAPER = dict(lr=3e-4, batch_size=256, width=1024, depth=6, residual=True, time_dim=128, gated=False, waves=0, knots=0)
 PAPER |= dict(betas=(0.9, 0.99), ema=0.995, clip=1.0, p_mean=-1.2, p_std=1.2, early=0.0, guidance=1.5)
-SMALL = dict(PAPER, lr=2e-3, width=384, depth=4, time_dim=384, ema="scaled")
-FAST = dict(SMALL, width=256, time_dim=256, gated=True, waves=3, knots=1_000, early=0.1)
+SMALL = dict(PAPER, lr=2e-3, width=384, depth=4, time_dim=128, ema="scaled")
+FAST = dict(SMALL, width=256, depth=3, time_dim=256, gated=True, waves=3, knots=1_000, early=0.1)
 VARIATIONS = {
     "paper": PAPER,
     "fast": FAST,
@@ -44,8 +44,8 @@ VARIATIONS = {
     **{f"waves {waves}": dict(FAST, waves=waves) for waves in (1, 2, 5)},
     **{f"knots {knots}": dict(FAST, knots=knots) for knots in (100, 10_000)},
     **{f"lr {lr:g}": dict(FAST, lr=lr) for lr in (1e-3, 4e-3)},
-    **{f"width {width}": dict(FAST, width=width, time_dim=width) for width in (128, 512)},
-    **{f"depth {depth}": dict(FAST, depth=depth) for depth in (2, 6)},
+    **{f"width {width}": dict(FAST, width=width, time_dim=width) for width in (192, 384)},
+    **{f"depth {depth}": dict(FAST, depth=depth) for depth in (2, 4)},
     "batch 128": dict(FAST, batch_size=128),
     "batch 1024": dict(FAST, batch_size=1024, lr=4e-3),
     "no clipping": dict(FAST, clip=math.inf),

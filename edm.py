@@ -6,7 +6,7 @@ generates as many new ones as an agent wants. The scripts import this file. It a
     python edm.py --data my_transitions.npz --num-samples 1000000 --out synthetic.npz
     python edm.py --data walker2d-medium-replay-v2 --out synthetic.npz      # a D4RL name; or a Minari id
 
-From Python, with any float32 rows:
+From Python, with any rows, a float32 tensor:
 
     model = edm.train_edm(rows)                                             # [num_rows, dim] -> EDM
     new_rows = edm.generate(model, 1_000_000)                               # [1_000_000, dim]
@@ -66,7 +66,7 @@ class DiffusionArgs:
     diffusion_seed: int = 0
     """seed of the diffusion model and its samples"""
     sampler: Literal["dpmpp", "sde"] = "dpmpp"
-    """dpmpp: DPM-Solver++(2M), one network call per step; sde: the paper's stochastic Heun, two (Table 9)"""
+    """dpmpp: DPM-Solver++(2M), one estimate per step (fast: with new noise); sde: the paper's Heun, two (Table 9)"""
     sample_steps: Optional[int] = None
     """noise levels of the sampler (default: 32; with sde 128, the paper's)"""
     num_samples: Optional[int] = None
@@ -74,14 +74,14 @@ class DiffusionArgs:
     sample_batch_size: Optional[int] = None
     """transitions generated at a time (default: 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
     terminals: Optional[Literal["column", "classifier"]] = None
-    """terminals of generated rows: the last column above 0.5 (paper), or by a decision tree (fast)"""
+    """terminals of generated rows. column (paper): d above 0.5; classifier (fast): a decision tree on (s, a, r, s')"""
 
 
 RECIPES = {
     "paper": dict(diffusion_lr=3e-4, diffusion_width=1024, diffusion_depth=6, terminals="column"),  # Table 8
     "fast": dict(diffusion_lr=2e-3, diffusion_width=256, diffusion_depth=3, terminals="classifier"),  # ours
 }
-FAST = dict(gated=True, waves=3, guided=True, knots=1_000)  # the rest of it: arguments of EDM
+FAST = dict(gated=True, waves=3, guided=True)  # the rest of it: arguments of EDM
 WIDE = ("halfcheetah-medium-expert-v2", "hopper-medium-v2", "hopper-medium-expert-v2")  # 2048 units, Appendix B.2
 
 
@@ -136,8 +136,8 @@ class Denoiser(nn.Module):
     """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Section 3.1, Appendix B.2).
 
     width, depth and rff_dim are Table 8's. Without `residual` it is the plain MLP of Table 10. time_dim is the size of
-    the noise level's embedding: 128 offline, 256 online. Ours: `gated` units, and `waves` sines and cosines of each
-    input, because the network alone is too smooth for the edges in the data.
+    the embeddings of row and noise level: 128 offline, 256 online. Ours: `gated` units, and `waves` sines and cosines
+    of each input, because the network alone is too smooth for the edges in the data.
     """
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, rff_dim=16, gated=False, waves=0):
@@ -155,10 +155,10 @@ class Denoiser(nn.Module):
         """x [batch, dim] -> [batch, dim]. c_noise is [batch], or [1] for one level for all rows."""
         angle = 2 * math.pi * c_noise[:, None] * self.frequencies
         embedding = self.time_mlp(torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1))
-        if len(self.waves):  # damped to their mean under the noise in x, whose variance is sigma^2 / (sigma^2 + 1)
+        if len(self.waves):  # damped as noise blurs them: that in x has variance sigma^2 / (sigma^2 + 1)
             damping = (-0.5 * self.waves**2 * torch.sigmoid(8 * c_noise)[:, None, None]).exp()
-            waves = self.waves * x[:, None]
-            x = torch.cat([x, (damping * waves.sin()).flatten(1), (damping * waves.cos()).flatten(1)], dim=1)
+            phase = self.waves * x[:, None]
+            x = torch.cat([x, (damping * phase.sin()).flatten(1), (damping * phase.cos()).flatten(1)], dim=1)
         h = self.hidden_in(self.row_in(x) + embedding)
         for block in self.blocks:
             update = block(self.activation(h))
@@ -167,7 +167,7 @@ class Denoiser(nn.Module):
 
 
 def interpolate(x, xs, ys):
-    """np.interp for each column of x [batch, dim], between its own points (xs, ys), [dim, K] each."""
+    """np.interp for each column of x [batch, dim], through its own points (xs, ys), [dim, K] each."""
     columns = [torch.from_numpy(np.interp(*(v.cpu() for v in column))).to(x) for column in zip(x.T, xs, ys)]
     return torch.stack(columns, dim=1)
 
@@ -175,8 +175,8 @@ def interpolate(x, xs, ys):
 class EDM(nn.Module):
     """D_theta: the denoiser with Karras' preconditioning (their Table 1), its loss, and the normaliser of the rows.
 
-    Ours: `guided` keeps a copy of the denoiser as it was early in the training, and the normaliser is a table of
-    `knots`, see `fit_normalizer`. The other arguments are the Denoiser's.
+    Ours: `guided` keeps a copy of the average denoiser as it was early in the training, and the normaliser is a table
+    of `knots`, see `fit_normalizer`. The other arguments are the Denoiser's.
     """
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras' Table 1
@@ -190,15 +190,15 @@ class EDM(nn.Module):
         self.early = copy.deepcopy(self.denoiser) if guided else None
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("values", torch.zeros(dim, knots))
-        self.register_buffer("knots", torch.zeros(dim, knots))
+        self.register_buffer("values", torch.zeros(dim, knots))  # raw values, from the least to the greatest, ...
+        self.register_buffer("knots", torch.zeros(dim, knots))  # ... and what they are normalised to
 
     def fit_normalizer(self, rows, raw_columns=()):
         """Standardise the columns of rows [num_rows, dim], except the `raw_columns`, such as terminals.
 
-        1e-5 is added to each standard deviation, so a constant column becomes 0. With knots, a fifth of the result is
-        the rank, as a quantile of the normal distribution: a value that many rows share, such as a limit, becomes an
-        interval, in which each row gets a random place. What is unnormalised is in the range of the given rows.
+        1e-5 is added to each standard deviation, so that none is 0. With knots, the result is 0.8 times this plus 0.2
+        times the rank, as a normal quantile. A value that many rows share, such as a limit, becomes an interval in
+        which each row gets a random place, and what is unnormalised stays in the range of these rows.
         """
         raw, num_knots = list(raw_columns), self.knots.shape[1]
         std, mean = torch.std_mean(rows, dim=0)
@@ -234,7 +234,7 @@ class EDM(nn.Module):
         """What samplers call: `forward` for one noise level, with guidance if the model has any.
 
         Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") at low noise: the
-        estimate moves further away from that of the early copy, by +-sigma at most. With knots it ends at theirs.
+        estimate moves further away from that of the early copy, by sigma / 2 at most, and stays between the end knots.
         """
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
@@ -295,10 +295,10 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
         h = math.log(sigma / sigma_next)
         if previous is not None:  # linear extrapolation of the estimate to the middle of the step
             target = denoised + (h / (2 * h_previous)) * (denoised - previous)
-        new = eta * h if s_tmin <= sigma <= s_tmax else 0.0
-        x = (sigma_next / sigma) * math.exp(-new) * x - math.expm1(-h - new) * target
-        if new > 0:
-            x = x + sigma_next * math.sqrt(-math.expm1(-2 * new)) * torch.randn_like(x)
+        noise = eta * h if s_tmin <= sigma <= s_tmax else 0.0
+        x = (sigma_next / sigma) * math.exp(-noise) * x - math.expm1(-h - noise) * target
+        if noise > 0:
+            x = x + sigma_next * math.sqrt(-math.expm1(-2 * noise)) * torch.randn_like(x)
         previous, h_previous = denoised, h
     return x
 
@@ -427,8 +427,8 @@ def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=
     beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
-    sizes |= dict(time_dim=time_dim) if is_paper else dict(FAST, time_dim=args.diffusion_width)
-    model = EDM(rows.shape[1], **sizes)
+    ours = dict(FAST, time_dim=args.diffusion_width, knots=min(1_000, len(rows)))
+    model = EDM(rows.shape[1], **sizes, **(dict(time_dim=time_dim) if is_paper else ours))
     if init is not None:
         model.denoiser.load_state_dict(init.denoiser.state_dict())
     model.fit_normalizer(rows, raw_columns)
@@ -488,7 +488,7 @@ def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=
 @own_randomness
 @torch.no_grad()
 def generate(model, num_samples, args=DiffusionArgs()):
-    """Draw new rows from a trained model, on the device that it is on. RunError where one holds NaN or Inf.
+    """Draw new rows from a trained model, on the device that it is on. RunError where one holds NaN.
 
     Returns: float32 [num_samples, dim] on the CPU, in raw units. Those of the fast recipe are in the range of the data.
     """
@@ -512,8 +512,8 @@ def generate(model, num_samples, args=DiffusionArgs()):
 def generate_transitions(model, real, args):
     """`generate` args.num_samples rows [s, a, r, s', d] like `real` [N, dim], with terminals that are 0 or 1.
 
-    --terminals classifier is ours: a decision tree of d from (s, a, r, s'), grown on the real rows. The diffusion model
-    misses most terminals where they are rare. A tree finds limits of s' exactly.
+    args are as `resolve` fills them. Terminals by a decision tree are ours: the diffusion model misses most terminals
+    where they are rare, and a tree finds limits of s' exactly.
     """
     rows = generate(model, args.num_samples, args)
     rows[:, -1] = rows[:, -1] > 0.5
@@ -567,7 +567,7 @@ def correlation(real, synthetic):
 
 def c2st(real, synthetic, max_rows=15_000):
     """Classifier two-sample test: the area under the ROC curve of gradient-boosted trees that tell generated rows from
-    real ones, on a third of the rows, which they have not seen. 0.5: they cannot; 1: always; NaN: too few rows.
+    real ones, on a third of the first `max_rows`, which they have not seen. 0.5: they cannot; 1: always; NaN: too few.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score

@@ -38,7 +38,7 @@ VARIATIONS = {
     "4 x 384": SMALL,
     "no gates": dict(FAST, width=384, time_dim=384, gated=False),
     "no waves": dict(FAST, waves=0),
-    "no knots": dict(FAST, knots=0),
+    "no knots, no new noise": dict(FAST, knots=0),  # the first brings the second in `edm.generate`
     "no guidance": dict(FAST, early=0.0),
     "guidance 2": dict(FAST, guidance=2.0),
     **{f"waves {waves}": dict(FAST, waves=waves) for waves in (1, 2, 5)},
@@ -90,7 +90,7 @@ def start_training(rows, recipe, seed, steps):
     x, ema = model.normalize(rows), copy.deepcopy(model).requires_grad_(False)
     params, ema_params = list(model.denoiser.parameters()), list(ema.denoiser.parameters())
     optimizer = torch.optim.Adam(params, betas=recipe["betas"], fused=True)
-    beta = 1 - 500 / steps if recipe["ema"] == "scaled" else recipe["ema"]
+    beta = max(1 - 500 / steps, 0.0) if recipe["ema"] == "scaled" else recipe["ema"]
 
     def step(i):
         optimizer.param_groups[0]["lr"] = edm.cosine_lr(recipe["lr"], i, steps)
@@ -107,7 +107,7 @@ def start_training(rows, recipe, seed, steps):
 
 
 def run(rows, others, recipe, seconds, seed, args):
-    """Train on rows, generate, and compare with other real rows. Returns a dict of scores."""
+    """Train on rows, generate, and compare with other real rows. Terminals are the column's. Returns a dict."""
     _, step = start_training(rows, recipe, seed, 1_000)
     times = [time.process_time()]
     for i in range(300):
@@ -126,7 +126,7 @@ def run(rows, others, recipe, seconds, seed, args):
 
 def print_table(results):
     """The mean over the seeds of each recipe, best classifier's test first."""
-    columns = ["steps", "c2st", "marginal", "correlation", "dynamics", "reward", "terminals", "recall", "precision", "nearest"]
+    columns = "steps c2st marginal correlation dynamics reward terminals recall precision nearest".split()
     for env, seconds in sorted({(r["env"], r["seconds"]) for r in results}):
         print(f"\n{env}, {seconds} s\n\n| recipe | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
         own, table = [r for r in results if (r["env"], r["seconds"]) == (env, seconds)], {}

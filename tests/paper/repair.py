@@ -1,7 +1,7 @@
 """Which error of generated transitions costs an agent its score: mend one respect of them, and train the agent again.
 
-    python tests/paper/repair.py --data walker2d.hdf5 --true-next-obs --samples runs/.../synthetic.npz --mend dynamics \\
-        --out mended.npz
+    python tests/paper/repair.py --data walker2d.hdf5 --true-next-obs --samples runs/.../synthetic.npz \\
+        --mend dynamics --out mended.npz
     python synther_td3bc.py --env Walker2d-v4 --dataset-path walker2d.hdf5 --true-next-obs --synthetic-path mended.npz
 
 "dynamics" replays the generated (s, a) in the simulator, and takes its s', r and d where no velocity is cut at 10.
@@ -43,7 +43,8 @@ def main(args):
     real, new = edm.load_transitions(args.data, args.true_next_obs), edm.load_transitions(args.samples)
     std = real["observations"].std(0) + 1e-5
     if args.mend == "starts":
-        first = np.concatenate([[True], (real["observations"][1:] != real["next_observations"][:-1]).any(1)])
+        jump = (real["observations"][1:] != real["next_observations"][:-1]).any(1) | real["terminals"][:-1]
+        first = np.concatenate([[True], jump])
         starts = np.flatnonzero(first)
         rng = np.random.default_rng(args.seed)
         rows = rng.choice(len(new["rewards"]), round(len(starts) / len(first) * len(new["rewards"])), replace=False)
@@ -51,11 +52,12 @@ def main(args):
         for key in edm.KEYS:
             new[key][rows] = real[key][chosen]
     else:
+        actions = new["actions"]
         if args.mend == "actions":
             neighbours = NearestNeighbors(n_neighbors=1).fit(real["observations"] / std)
-            new["actions"] = real["actions"][neighbours.kneighbors(new["observations"] / std)[1][:, 0]]
-        known, next_observations, rewards, falls = replay(args.env, new["observations"], new["actions"])
-        new["terminals"][known] = falls
+            actions = real["actions"][neighbours.kneighbors(new["observations"] / std)[1][:, 0]]
+        known, next_observations, rewards, falls = replay(args.env, new["observations"], actions)
+        new["actions"][known], new["terminals"][known] = actions[known], falls
         if args.mend != "terminals":
             new["next_observations"][known], new["rewards"][known] = next_observations, rewards
         print(f"{known.mean():.1%} of the rows are replayed, {falls.mean():.2%} of these end the episode")

@@ -933,7 +933,9 @@ def test_killed_command_goes_on(tmp_path):
     assert_same_data(data, whole)
     model = edm.load_edm(tmp_path / "out.pt")
     assert (model.mean[-1], model.std[-1]) == (0, 1) and (model.std[:-1] != 1).all()  # all but d are standardised
-    assert_same_data(data, edm.unpack(edm.generate(model, 15_300, DiffusionArgs(sample_batch_size=500)), 3, 2))
+    args = DiffusionArgs(num_samples=15_300, sample_batch_size=500, terminals="classifier")
+    real = edm.pack(**edm.load_transitions(tmp_path / "data.npz"))
+    assert_same_data(data, edm.unpack(edm.generate_transitions(model, real, args), 3, 2))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class DiffusionArgs:
     diffusion_steps: Optional[int] = None
     """training steps of the diffusion model (paper: 100,000)"""
     diffusion_recipe: Optional[Literal["paper", "fast"]] = None
-    """paper (default from 100,000 steps on), or fast (default below): ours, better in less time; see the README"""
+    """paper (default from 100,000 steps on), or fast (default below): ours, for short trainings; see the README"""
     diffusion_width: Optional[int] = None
     """units per block of the denoiser (paper: 1024, and 2048 for three datasets; fast: 256 with gates)"""
     diffusion_depth: Optional[int] = None

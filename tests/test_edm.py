@@ -68,6 +68,25 @@ def test_denoiser_equals_the_formula(float64, residual):
     torch.testing.assert_close(net(x, c_noise[:1]), net(x, c_noise[:1].expand(7)))  # one noise level for all
 
 
+def test_gates_and_waves(float64):
+    """Beside each input x, sin and cos(2^k pi x) with their mean factor under the noise in x; units come in pairs."""
+    torch.manual_seed(0)
+    net, x, sigma = Denoiser(3, width=8, depth=1, time_dim=5, gated=True, waves=2), torch.randn(4, 3), torch.rand(4) * 2
+    seen, c_noise = [], sigma.log() / 4
+    net.row_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    out = net(x, c_noise)
+    w = [math.pi, 2 * math.pi]
+    factors = [torch.exp(-(k**2) * sigma**2 / (1 + sigma**2) / 2)[:, None] for k in w]
+    sines = [f * torch.sin(k * x) for k, f in zip(w, factors)] + [f * torch.cos(k * x) for k, f in zip(w, factors)]
+    torch.testing.assert_close(seen[0], torch.cat([x, *sines], dim=1))
+    gate = lambda h: h[:, :8] * torch.nn.functional.gelu(h[:, 8:])  # noqa: E731
+    angle = 2 * math.pi * c_noise[:, None] * net.frequencies
+    embedding = net.time_mlp(torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=1))
+    h = net.hidden_in(net.row_in(seen[0]) + embedding)
+    h = h + net.blocks[0](gate(h))
+    torch.testing.assert_close(out, net.out(gate(h)))
+
+
 # --- Preconditioning, loss, normaliser, guidance ----------------------------------------------------------------------
 
 
@@ -92,6 +111,16 @@ def test_loss_equals_the_formula(float64):
     error = (model(x + sigma * torch.randn(64, 4), sigma) - x).square().mean(1)  # per row
     weight = (sigma[:, 0] ** 2 + 1) / sigma[:, 0] ** 2
     assert loss == pytest.approx((weight * error).mean().item())
+
+
+@pytest.mark.parametrize("knots, eta", [(0, 0.0), (5, 1.0)])
+def test_models_with_knots_are_sampled_with_new_noise(monkeypatch, knots, eta):
+    seen = []
+    monkeypatch.setattr(edm, "sample_dpmpp", lambda denoise, x, sigmas, **options: seen.append(options) or x)
+    model = EDM(3, width=8, depth=1, knots=knots)
+    model.fit_normalizer(torch.randn(5, 3))
+    edm.generate(model, 4)
+    assert seen == [dict(eta=eta)]
 
 
 def test_normalizer():

@@ -96,10 +96,9 @@ def resolve(args, num_rows, dataset=""):
     """Fill the diffusion options that are None: by the recipe, the number of rows and the name of the dataset."""
     fill(args, dict(diffusion_steps=100_000, num_samples=5_000_000))
     fill(args, dict(diffusion_recipe="paper" if args.diffusion_steps >= 100_000 else "fast"))
-    is_paper = args.diffusion_recipe == "paper"
-    if is_paper and dataset in WIDE:
+    if args.diffusion_recipe == "paper" and dataset in WIDE:
         fill(args, dict(diffusion_width=2048))
-    if is_paper and num_rows >= 800_000:  # the official code's limit; the paper says 1M
+    if args.diffusion_recipe == "paper" and num_rows >= 800_000:  # the official code's limit; the paper says 1M
         fill(args, dict(diffusion_batch_size=1024))
     fill(args, RECIPES[args.diffusion_recipe])
     fill(args, dict(diffusion_batch_size=256, sample_steps=128 if args.sampler == "sde" else 32))
@@ -243,10 +242,8 @@ class EDM(nn.Module):
         return denoised.clamp(self.knots[:, 0], self.knots[:, -1]) if self.knots.numel() else denoised
 
     def loss(self, x):
-        """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8).
-
-        The paper's Equation 2 leaves out the weight; its code has it.
-        """
+        """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8). The
+        paper's Equation 2 leaves out the weight; its code has it."""
         sigma = (self.P_MEAN + self.P_STD * torch.randn(len(x), 1, device=x.device)).exp()
         denoised = self(x + sigma * torch.randn_like(x), sigma)
         weight = (sigma**2 + 1) / sigma**2
@@ -282,10 +279,8 @@ def sample_sde(denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noi
 
 
 def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
-    """DPM-Solver++(2M) (Cheng Lu et al. 2022, Algorithm 2): deterministic, second order, N network calls.
-
-    With eta = 1, its SDE version between s_tmin and s_tmax: new noise for old, which mends errors of earlier steps.
-    """
+    """DPM-Solver++(2M) (Cheng Lu et al. 2022, Algorithm 2): deterministic, second order, N network calls. With eta = 1
+    its SDE version between s_tmin and s_tmax: new noise for old, which mends errors of earlier steps."""
     sigmas = sigmas.tolist()
     previous, h_previous = None, None
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -379,10 +374,9 @@ def ema_decay(step, beta):
 
 
 def cuda_graph(step, warmup=3):
-    """Record `step`, which reads and writes fixed tensors only, and replay it from then on.
+    """Record `step`, which reads and writes fixed tensors only, and replay it from then on, by one launch on the GPU.
 
-    On a GPU these small networks wait for the launches of their kernels; a replay launches once. The first calls run
-    as usual, so that optimisers and workspaces can allocate their memory.
+    The first calls run as usual, so that optimisers and workspaces can allocate their memory.
     """
     graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
 
@@ -404,8 +398,8 @@ def cuda_graph(step, warmup=3):
 
 
 @own_randomness
-def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=None, device="cpu", saved=None,
-              save=None, save_every=10_000, log=None):  # fmt: skip
+def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_dim=128, init=None, device="cpu",
+              saved=None, save=None, save_every=10_000, log=lambda *_: None):  # fmt: skip
     """Train a diffusion model on rows (Appendix B.2, Table 8) and return the moving average of its weights.
 
     Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1. The paper's recipe averages the weights
@@ -414,6 +408,7 @@ def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=
 
     Args:
         rows: float32 [num_rows, dim], in raw units.
+        obs_dim: the size of s, if the rows are transitions in their order: the fast recipe then calls `repeat_starts`.
         raw_columns: columns that are not standardised, such as terminals.
         time_dim: see Denoiser; the fast recipe takes the width.
         init: a model of the same size, whose denoiser to start from.
@@ -424,6 +419,7 @@ def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=
     args = resolve(copy.copy(args), len(rows))
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
     steps, is_paper = args.diffusion_steps, args.diffusion_recipe == "paper"
+    rows = repeat_starts(rows, obs_dim) if obs_dim and not is_paper else rows
     beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
@@ -471,8 +467,7 @@ def train_edm(rows, args=DiffusionArgs(), *, raw_columns=(), time_dim=128, init=
             if not math.isfinite(loss):
                 raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if log:
-                log(done, {"diffusion/loss": loss})
+            log(done, {"diffusion/loss": loss})
             loss_sum.zero_()
             last_log = done
         if save and (done % save_every == 0 or done == steps):
@@ -510,11 +505,9 @@ def generate(model, num_samples, args=DiffusionArgs()):
 
 
 def generate_transitions(model, real, args):
-    """`generate` args.num_samples rows [s, a, r, s', d] like `real` [N, dim], with terminals that are 0 or 1.
-
-    args are as `resolve` fills them. Terminals by a decision tree are ours: the diffusion model misses most terminals
-    where they are rare, and a tree finds limits of s' exactly.
-    """
+    """`generate` args.num_samples rows [s, a, r, s', d] like `real` [N, dim], with terminals that are 0 or 1. args are
+    as `resolve` fills them. The decision tree is ours: the diffusion model misses most terminals where they are rare,
+    and a tree finds limits of s' exactly."""
     rows = generate(model, args.num_samples, args)
     rows[:, -1] = rows[:, -1] > 0.5
     if args.terminals == "classifier":
@@ -543,6 +536,15 @@ def unpack(rows, obs_dim, act_dim):
     return data | {"rewards": data["rewards"][:, 0], "terminals": data["terminals"][:, 0] > 0.5}
 
 
+def repeat_starts(rows, obs_dim):
+    """Repeat the rows [N, dim] that begin an episode, where s is not the s' before, until they are 2% of all. Ours, for
+    the fast recipe: of so narrow a kind, if it is one row in 1,000, a network learns to make none, and an agent meets
+    them in each episode. Of rows in random order nearly all seem to begin one, and none is repeated."""
+    follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
+    starts = torch.cat([rows[:1], rows[1:][~follows]])
+    return torch.cat([rows] + [starts] * (int(0.02 * len(rows) / len(starts)) - 1))
+
+
 # --- Sample quality ---------------------------------------------------------------------------------------------------
 
 
@@ -555,9 +557,7 @@ def marginal(real, synthetic):
 
 def correlation(real, synthetic):
     """Mean over the pairs of columns of 1 - |rho_real - rho_synthetic| / 2, rho Pearson's (Table 1): 1 is perfect.
-
-    Columns that are constant in `real` are left out. One that is constant only in `synthetic` counts as uncorrelated.
-    """
+    Columns constant in `real` are left out. One that is constant only in `synthetic` counts as uncorrelated."""
     real, synthetic = torch.as_tensor(real), torch.as_tensor(synthetic)
     varies = (real != real[0]).any(0)
     pairs = torch.triu_indices(varies.sum(), varies.sum(), 1).unbind()
@@ -585,10 +585,10 @@ def c2st(real, synthetic, max_rows=15_000):
 def quality_report(real, synthetic):
     """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
 
-    marginal and correlation are Table 1's, of at most 100,000 generated rows, as in the paper. terminals and
-    terminals_real are the shares of rows whose last column is above 0.5. nearest is the median distance, in
-    standardised units, from a generated row to its nearest real one, nearest_real from a real row to its nearest other:
-    copies would be much nearer. c2st leaves out the last column; c2st_real is that of real rows among themselves.
+    marginal and correlation are Table 1's, of at most 100,000 generated rows. terminals and terminals_real are the
+    shares of rows whose last column is above 0.5. nearest is the median distance, in standardised units, from a
+    generated row to its nearest real one, nearest_real from a real row to its nearest other: copies would be much
+    nearer. c2st leaves out the last column; c2st_real is that of real rows among themselves.
     """
     torch.manual_seed(0)
     some = synthetic[:100_000]
@@ -778,7 +778,7 @@ def main(args):
     resolve(args, len(real), args.data)
     saved = load_file(checkpoint, args.device) if checkpoint.exists() else None
     saving = dict(saved=saved, save=lambda state: save_atomically(checkpoint, lambda f: torch.save(state, f)))
-    model = train_edm(real, args, raw_columns=[-1], device=args.device, **saving)  # -1: the terminal
+    model = train_edm(real, args, obs_dim=obs_dim, raw_columns=[-1], device=args.device, **saving)  # -1: the terminal
     rows = generate_transitions(model, real, args)
     print("sample quality:", quality_report(real, rows))
     plot_marginals(plot_path, real, rows, obs_dim, act_dim)

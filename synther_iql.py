@@ -502,7 +502,7 @@ def main(args):
     # --- SynthER: train a diffusion model on the real transitions and generate new ones ---
     if rows is None:
         saving = dict(saved=saved, save=save, save_every=args.checkpoint_every)
-        model = edm.train_edm(real, args, raw_columns=[-1], device=args.device, log=log, **saving)  # -1: the terminal
+        model = edm.train_edm(real, args, obs_dim=obs_dim, raw_columns=[-1], device=args.device, log=log, **saving)
         edm.save_edm(run_dir / "diffusion.pt", model)
         sampling_time = time.time()
         rows = edm.generate_transitions(model, real, args)

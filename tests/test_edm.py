@@ -521,6 +521,20 @@ def test_terminal_threshold_is_strict():
     assert edm.unpack(rows, 1, 1)["terminals"].tolist() == [False, False, True, True, True]
 
 
+def test_rows_that_begin_an_episode_are_repeated():
+    """One follows a time limit, whose row is missing, one a terminal, whose s' is the next first state in D4RL."""
+    states = torch.arange(1_000.0)
+    rows = torch.stack([states, states, states, states + 1, torch.zeros(1_000)], dim=1)  # s, a, r, s', d
+    rows[399, 3], rows[700, 4] = -1, 1
+    expected = torch.cat([rows] + 5 * [rows[[0, 400, 701]]])  # six of each: 18 of 1,000
+    assert torch.equal(edm.repeat_starts(rows, 1), expected)
+    shuffled = rows[torch.randperm(1_000, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(edm.repeat_starts(shuffled, 1), shuffled)
+    for learned, recipe, obs_dim in ((expected, "fast", 1), (rows, "fast", None), (rows, "paper", 1)):
+        model = edm.train_edm(rows, diffusion_args(steps=1, recipe=recipe), obs_dim=obs_dim)
+        assert torch.equal(model.mean, learned.mean(0))
+
+
 # --- Sample quality ---------------------------------------------------------------------------------------------------
 
 

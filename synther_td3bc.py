@@ -76,7 +76,7 @@ class Args(edm.DiffusionArgs):
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
 
     updates: Optional[int] = None
-    """gradient updates (paper: 1,000,000; quickstart: 40,000)"""
+    """gradient updates (paper: 1,000,000; quickstart: 50,000)"""
     batch_size: int = 256
     """transitions per update (paper: 256; 1024 with the larger network of Table 3)"""
     hidden_dim: int = 256
@@ -107,7 +107,7 @@ class Args(edm.DiffusionArgs):
 
 # By dataset: an argument that is None takes its value from the first entry that matches (re.match) and has one.
 DEFAULTS = {
-    "quickstart": dict(diffusion_steps=20_000, num_samples=200_000, updates=40_000),
+    "quickstart": dict(diffusion_steps=20_000, num_samples=200_000, updates=50_000),
     "maze2d|antmaze": dict(eval_episodes=100),
     "": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_episodes=10),
 }

@@ -542,7 +542,7 @@ def repeat_starts(rows, obs_dim):
     them in each episode. Of rows in random order nearly all seem to begin one, and none is repeated."""
     follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
     starts = torch.cat([rows[:1], rows[1:][~follows]])
-    return torch.cat([rows] + [starts] * (int(0.02 * len(rows) / len(starts)) - 1))
+    return torch.cat([rows] + [starts] * (round(0.02 * len(rows) / len(starts)) - 1))
 
 
 # --- Sample quality ---------------------------------------------------------------------------------------------------

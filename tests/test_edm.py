@@ -526,7 +526,7 @@ def test_rows_that_begin_an_episode_are_repeated():
     states = torch.arange(1_000.0)
     rows = torch.stack([states, states, states, states + 1, torch.zeros(1_000)], dim=1)  # s, a, r, s', d
     rows[399, 3], rows[700, 4] = -1, 1
-    expected = torch.cat([rows] + 5 * [rows[[0, 400, 701]]])  # six of each: 18 of 1,000
+    expected = torch.cat([rows] + 6 * [rows[[0, 400, 701]]])  # seven of each: 21 of 1,018
     assert torch.equal(edm.repeat_starts(rows, 1), expected)
     shuffled = rows[torch.randperm(1_000, generator=torch.Generator().manual_seed(0))]
     assert torch.equal(edm.repeat_starts(shuffled, 1), shuffled)

@@ -538,8 +538,8 @@ def unpack(rows, obs_dim, act_dim):
 
 def repeat_starts(rows, obs_dim):
     """Repeat the rows [N, dim] that begin an episode, where s is not the s' before, until they are 2% of all. Ours, for
-    the fast recipe: of so narrow a kind, if it is one row in 1,000, a network learns to make none, and an agent meets
-    them in each episode. Of rows in random order nearly all seem to begin one, and none is repeated."""
+    the fast recipe: start states are rare and much alike, and a network that sees one in 1,000 rows makes none. But an
+    agent meets one in each episode. In rows of random order nearly all seem to begin one; then none is repeated."""
     follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
     starts = torch.cat([rows[:1], rows[1:][~follows]])
     return torch.cat([rows] + [starts] * (round(0.02 * len(rows) / len(starts)) - 1))

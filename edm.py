@@ -54,7 +54,7 @@ class DiffusionArgs:
     diffusion_recipe: Optional[Literal["paper", "fast"]] = None
     """paper (default from 100,000 steps on), or fast (default below): ours, for short trainings; see the README"""
     diffusion_width: Optional[int] = None
-    """units per block of the denoiser (paper: 1024, and 2048 for three datasets; fast: 256 with gates)"""
+    """units per block of the denoiser (paper: 1024, for three datasets 2048; fast: 256 with gates, from pixels 512)"""
     diffusion_depth: Optional[int] = None
     """blocks of the denoiser (paper: 6; fast: 3)"""
     diffusion_residual: bool = True
@@ -62,7 +62,7 @@ class DiffusionArgs:
     diffusion_batch_size: Optional[int] = None
     """rows per training step (paper: 256, and 1024 from 800,000 rows on; fast: 256)"""
     diffusion_lr: Optional[float] = None
-    """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3)"""
+    """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3, from pixels 1e-3)"""
     diffusion_seed: int = 0
     """seed of the diffusion model and its samples"""
     sampler: Literal["dpmpp", "sde"] = "dpmpp"
@@ -81,7 +81,6 @@ RECIPES = {
     "paper": dict(diffusion_lr=3e-4, diffusion_width=1024, diffusion_depth=6, terminals="column"),  # Table 8
     "fast": dict(diffusion_lr=2e-3, diffusion_width=256, diffusion_depth=3, terminals="classifier"),  # ours
 }
-FAST = dict(gated=True, waves=3, guided=True)  # the rest of it: arguments of EDM
 WIDE = ("halfcheetah-medium-expert-v2", "hopper-medium-v2", "hopper-medium-expert-v2")  # 2048 units, Appendix B.2
 
 
@@ -92,14 +91,16 @@ def fill(args, values):
             setattr(args, name, value)
 
 
-def resolve(args, num_rows, dataset=""):
-    """Fill the diffusion options that are None: by the recipe, the number of rows and the name of the dataset."""
+def resolve(args, num_rows, dataset="", latents=False):
+    """Fill the diffusion options that are None: by recipe, number of rows, name of the dataset, kind of rows."""
     fill(args, dict(diffusion_steps=100_000, num_samples=5_000_000))
     fill(args, dict(diffusion_recipe="paper" if args.diffusion_steps >= 100_000 else "fast"))
     if args.diffusion_recipe == "paper" and dataset in WIDE:
         fill(args, dict(diffusion_width=2048))
     if args.diffusion_recipe == "paper" and num_rows >= 800_000:  # the official code's limit; the paper says 1M
         fill(args, dict(diffusion_batch_size=1024))
+    if args.diffusion_recipe == "fast" and latents:  # up to 207 columns; 256 units cannot keep them apart
+        fill(args, dict(diffusion_lr=1e-3, diffusion_width=512))
     fill(args, RECIPES[args.diffusion_recipe])
     fill(args, dict(diffusion_batch_size=256, sample_steps=128 if args.sampler == "sde" else 32))
     return args
@@ -423,7 +424,7 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
     beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
-    ours = dict(FAST, time_dim=args.diffusion_width, knots=min(1_000, len(rows)))
+    ours = dict(gated=True, waves=3, guided=True, time_dim=args.diffusion_width, knots=min(1_000, len(rows)))
     model = EDM(rows.shape[1], **sizes, **(dict(time_dim=time_dim) if is_paper else ours))
     if init is not None:
         model.denoiser.load_state_dict(init.denoiser.state_dict())
@@ -489,8 +490,7 @@ def generate(model, num_samples, args=DiffusionArgs()):
     """
     device, args = model.mean.device, resolve(copy.copy(args), 0)
     batch_size = args.sample_batch_size or (100_000 if device.type == "cuda" else 2_000)
-    is_fast = model.knots.numel() > 0
-    sample = sample_sde if args.sampler == "sde" else functools.partial(sample_dpmpp, eta=1.0 if is_fast else 0.0)
+    sample = sample_sde if args.sampler == "sde" else functools.partial(sample_dpmpp, eta=int(model.knots.numel() > 0))
     sigmas = karras_sigmas(args.sample_steps)
     torch.manual_seed(args.diffusion_seed)
     rows = torch.empty(num_samples, model.dim)

@@ -615,7 +615,7 @@ def main(args):
         raise edm.RunError(f"the dataset has {act_dim} action dimensions, {task} has {env.act_dim}")
     if args.agent_path:
         load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # refuses one that does not fit
-    edm.resolve(args, len(data["row"]), args.env)
+    edm.resolve(args, len(data["row"]), args.env, latents=True)
     run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
 

@@ -920,10 +920,12 @@ def test_defaults_are_the_papers(name, num_rows, width, batch_size):
         (dict(diffusion_recipe="fast"), "fast"),
     ],
 )
-def test_steps_choose_the_recipe(options, recipe):
-    args = edm.resolve(DiffusionArgs(**options), 1_000_000, "hopper-medium-v2")
+@pytest.mark.parametrize("latents", [False, True])
+def test_steps_choose_the_recipe(options, recipe, latents):
+    args = edm.resolve(DiffusionArgs(**options), 1_000_000, "hopper-medium-v2", latents)
     values = [getattr(args, f"diffusion_{name}") for name in ("recipe", "lr", "width", "depth", "batch_size")]
-    assert values == {"fast": ["fast", 2e-3, 256, 3, 256], "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
+    fast = ["fast", 1e-3, 512, 3, 256] if latents else ["fast", 2e-3, 256, 3, 256]
+    assert values == {"fast": fast, "paper": ["paper", 3e-4, 2048, 6, 1024]}[recipe]
 
 
 @pytest.mark.parametrize(

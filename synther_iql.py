@@ -238,9 +238,8 @@ def augment_batch(batch, kind, obs_dim):
 def reward_scale(rewards, terminals):
     """1000 over the range of a dataset's returns; RunError where there is none. Args: [N], [N].
 
-    An episode ends at a terminal or after 1000 rows. Rows that end at a time limit are not in the dataset, so these
-    episodes drift away from the true ones, in CORL as here.
-    """
+    An episode ends at a terminal or after 1000 rows. So these drift away from the true ones, in CORL as here: rows that
+    end at a time limit are not in the dataset."""
     returns, total, length = [], 0.0, 0
     for reward, terminal in zip(rewards.tolist(), terminals.tolist()):
         total, length = total + reward, length + 1
@@ -365,11 +364,10 @@ def make_env(name):
     except (gym.error.Error, ImportError, ValueError) as error:
         where = " (AntMaze is in synther_td3bc.py alone)" if name.startswith("antmaze") else ""
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{where}") from None
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces) or not (
-        len({*-spaces[1].low, *spaces[1].high}) == 1 and np.isfinite(spaces[1].high).all()
-    ):
-        raise edm.RunError(f"{name} has {spaces}; only flat Box spaces with one symmetric action bound are supported")
+    s, a = env.observation_space, env.action_space
+    is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
+    if not (is_flat and a.dtype.kind == "f" and len({*-a.low, *a.high}) == 1 and 0 < a.high[0] < 1e9):
+        raise edm.RunError(f"{name} has {s} and {a}; only flat Box spaces with float actions within +-x are supported")
     return env
 
 
@@ -379,10 +377,13 @@ def evaluate(policy, envs, seed):
     """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
     which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
     seed + i, the same at every evaluation, as in SynthER."""
-    observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
-        actions = policy(torch.as_tensor(observations[alive], dtype=torch.float32)).numpy()
+        actions = policy(torch.from_numpy(observations[alive])).numpy()
+        if not np.isfinite(actions).all():
+            cause = "the agent's action" if np.isfinite(observations).all() else "the environment's observation"
+            raise edm.RunError(f"{cause} became NaN or Inf in an evaluation")
         for i, action in zip(tuple(alive), actions):
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
@@ -584,9 +585,8 @@ def main(args):
         arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         plot_learning_curve(run_dir / "learning_curve.png", env_id, updates, returns, "updates")
-        mean, std = scores[-1].mean(), scores[-1].std()
-        score = "" if math.isnan(mean) else f"normalised score {mean:.1f} +- {std:.1f}, "
-        print(f"{score}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
+        text = "" if np.isnan(scores).any() else f"normalised score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}, "
+        print(f"{text}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
     print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
 
 

@@ -261,12 +261,19 @@ class DMC(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.dm_env.task._random = np.random.RandomState(seed)
-        return self.dm_env.reset().observation["observations"].astype(np.float32), {}
+            self.dm_env.task._random = np.random.RandomState(seed % 2**32)
+        self.observation = self.dm_env.reset().observation["observations"].astype(np.float32)
+        return self.observation, {}
 
     def step(self, action):
-        time_step = self.dm_env.step(action)
-        return time_step.observation["observations"].astype(np.float32), time_step.reward, False, time_step.last(), {}
+        from dm_control.rl.control import PhysicsError
+
+        try:
+            time_step = self.dm_env.step(action)
+        except PhysicsError:  # the simulation has diverged: the episode ends here, as by a time limit
+            return self.observation, 0.0, False, True, {}
+        self.observation = time_step.observation["observations"].astype(np.float32)
+        return self.observation, time_step.reward, False, time_step.last(), {}
 
 
 # Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
@@ -277,15 +284,16 @@ def make_env(name):
     try:
         if name.startswith("dmc/"):
             domain, _, task = name.removeprefix("dmc/").partition("-")
-            env = DMC(domain, task)
+            env = gym.wrappers.TimeLimit(DMC(domain, task), 1000)
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(name, disable_env_checker=True)
     except (gym.error.Error, ImportError, ValueError) as error:
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None
-    spaces = (env.observation_space, env.action_space)
-    if not all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in spaces) or not spaces[1].is_bounded():
-        raise edm.RunError(f"{name} has {spaces}; only flat Box spaces with bounded actions are supported")
+    s, a = env.observation_space, env.action_space
+    is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
+    if not (is_flat and a.dtype.kind == "f" and (a.low < a.high).all() and max(*-a.low, *a.high) < 1e9):
+        raise edm.RunError(f"{name} has {s} and {a}; only flat Box spaces with float actions in a range are supported")
     return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
 
@@ -295,10 +303,13 @@ def evaluate(policy, envs, seed):
     """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
     which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
     seed + i, the same at every evaluation, as in SynthER."""
-    observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
-        actions = policy(torch.as_tensor(observations[alive], dtype=torch.float32)).numpy()
+        actions = policy(torch.from_numpy(observations[alive])).numpy()
+        if not np.isfinite(actions).all():
+            cause = "the agent's action" if np.isfinite(observations).all() else "the environment's observation"
+            raise edm.RunError(f"{cause} became NaN or Inf in an evaluation")
         for i, action in zip(tuple(alive), actions):
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
@@ -343,13 +354,12 @@ def save_dataset(path, env, rows, timeouts):
     """Write rows [N, dim] in the order of their collection to an HDF5 file in D4RL's layout.
 
     timeouts [N]: where a time limit ended an episode. The last row counts as such an end. The file holds actions in the
-    environment's own units, and next_observations only if some rows are terminal.
+    environment's own units.
     """
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    original = env.env.env.action_space  # before ClipAction and RescaleAction
+    low, high = original.low, original.high
     data = edm.unpack(rows, env.observation_space.shape[0], len(low))
     data["actions"] = (low + high) / 2 + (high - low) / 2 * data["actions"]
-    if not data["terminals"].any():
-        del data["next_observations"]
     timeouts[-1] = True
     data["timeouts"] = timeouts.numpy() & ~data["terminals"]
 
@@ -451,7 +461,7 @@ def main(args):
         edm.set_rng_state(saved["rng"], args.device)
     if model_step > 0:
         synthetic = edm.pack(**edm.load_transitions(run_dir / "synthetic.npz")).to(args.device)
-    obs, _ = env.reset(seed=args.seed + 1_003 * start)
+    obs = np.array(env.reset(seed=args.seed + 1_003 * start)[0])  # some environments write the next into the same array
 
     def save(step):
         optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
@@ -525,9 +535,11 @@ def main(args):
         next_obs, reward, terminated, truncated, _ = env.step(action)
         # A fall on the very step of the time limit is terminal too; in the official code it is not.
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        if not np.isfinite(row).all():
+            raise edm.RunError(f"{args.env} gave NaN or Inf at step {t}: observation {next_obs}, reward {reward}")
         replay[t % capacity] = torch.from_numpy(row).to(args.device)
         timeouts[t % capacity] = truncated
-        obs = env.reset()[0] if terminated or truncated else next_obs
+        obs = np.array(env.reset()[0] if terminated or truncated else next_obs)
 
         # --- Learn ---
         if t >= args.learning_starts:

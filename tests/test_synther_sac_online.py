@@ -42,6 +42,52 @@ class Toy(gym.Env):
         return self.position, -distance, distance > self.limit, False, {}
 
 
+class Reusing(Toy):
+    """Writes each observation into the same array."""
+
+    def step(self, action):
+        position, (self.position, *others) = self.position, super().step(action)
+        position[:] = self.position
+        self.position = position
+        return position, *others
+
+
+class Broken(Toy):
+    """Gives NaN from the 30th step on."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        obs, *others = super().step(action)
+        return (obs if self.steps < 30 else obs * math.nan), *others
+
+
+class Nested(Toy):
+    """Toy in other units and with a dictionary of observations."""
+
+    observation_space = gym.spaces.Dict(here=Toy.observation_space)
+    action_space = gym.spaces.Box(-2, 2, (2,))
+
+    def reset(self, **options):
+        return {"here": super().reset(**options)[0]}, {}
+
+    def step(self, action):
+        self.position = self.position + 0.1 * action
+        return {"here": self.position}, 0.0, False, False, {}
+
+
+def with_actions(space):
+    toy = Toy(1)
+    toy.action_space = space
+    return toy
+
+
+gym.register("Integers-v0", lambda: with_actions(gym.spaces.Box(0, 3, (2,), int)))
+gym.register("Narrow-v0", lambda: with_actions(gym.spaces.Box(np.float32([-1, 1]), np.float32([1, 1]))))
+gym.register("Reusing-v0", Reusing, max_episode_steps=20, kwargs=dict(limit=1.1))
+gym.register("Broken-v0", Broken, max_episode_steps=20, kwargs=dict(limit=1.1))
+gym.register("Nested-v0", lambda: gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(Nested(1)), -1.0, 1.0))
 gym.register("Toy-v0", Toy, max_episode_steps=20, kwargs=dict(limit=1.1))
 gym.register("Loop-v0", Toy, max_episode_steps=20, kwargs=dict(limit=math.inf))
 gym.register("Edge-v0", Toy, max_episode_steps=1, kwargs=dict(limit=0))
@@ -107,6 +153,26 @@ def test_dmc_equals_the_suite(env_id, obs_dim, act_dim):
         expected = dm_env.step(action)
         assert reward == expected.reward and not terminated and truncated == (t == 999)
     assert online.normalized_score(env_id, 250.0) == 25
+
+
+def test_dmc_ends_an_episode_whose_simulation_fails(monkeypatch):
+    from dm_control.rl.control import PhysicsError
+
+    env = online.make_env("dmc/reacher-hard")
+    env.reset(seed=2**32)  # more than dm_control can take
+    action = np.zeros(2, np.float32)
+    expected = env.step(action)[0]
+    monkeypatch.setattr(env.unwrapped.dm_env, "step", lambda action: exec("raise error", {"error": PhysicsError()}))
+    obs, reward, terminated, truncated, _ = env.step(action)
+    assert (obs == expected).all() and (reward, terminated, truncated) == (0, False, True)
+
+
+def test_dmc_tasks_without_a_time_limit_get_one():
+    env = online.make_env("dmc/reacher-hard")
+    env.unwrapped.dm_env._step_limit = math.inf  # as that of lqr-lqr_2_1
+    env.reset(seed=0)
+    truncated = [env.step(np.zeros(2, np.float32))[3] for _ in range(1_000)]
+    assert truncated == 999 * [False] + [True]
 
 
 def test_actions_are_rescaled_and_clipped():
@@ -233,8 +299,7 @@ def test_saved_hdf5(tmp_path, terminal):
     expected["actions"] = torch.tensor([[-1, 0], [1, 4], [0, 2], [0.5, 1], [0, 4], [1, 2], [-0.5, 3]])
     expected["timeouts"] = {None: [2, 4, 6], 2: [4, 6], 6: [2, 4]}[terminal]
     expected["timeouts"] = torch.isin(torch.arange(7), torch.tensor(expected["timeouts"]))
-    if terminal is not None:
-        expected["next_observations"] = rows[:, 5:7]
+    expected["next_observations"] = rows[:, 5:7]
     with h5py.File(path) as f:
         assert set(f) == set(expected)
         for key, x in expected.items():
@@ -246,6 +311,15 @@ def test_saved_hdf5(tmp_path, terminal):
     s_next = rows[:, :2].roll(-1, 0)
     s_next[rows[:, -1] == 1] = rows[rows[:, -1] == 1, 5:7]
     np.testing.assert_array_equal(data["next_observations"], s_next[kept])
+
+
+def test_saved_actions_are_those_of_the_id(tmp_path):
+    """Wrappers in the entry point belong to the environment: here they make one of the range 1 out of one of 2."""
+    path = tmp_path / "data.hdf5"
+    folder = run(tmp_path / "runs", env="Nested-v0", algo="sac", eval_episodes=0, save_dataset=str(path))
+    with h5py.File(path) as f:
+        np.testing.assert_allclose(f["actions"], checkpoint(folder)["replay"][:, 2:4], rtol=1e-6)
+        np.testing.assert_allclose(f["next_observations"], f["observations"] + 0.2 * f["actions"][:], atol=1e-6)
 
 
 def test_full_buffer_forgets_the_oldest(tmp_path, monkeypatch):
@@ -260,9 +334,10 @@ def test_full_buffer_forgets_the_oldest(tmp_path, monkeypatch):
         assert np.flatnonzero(f["timeouts"]).tolist() == [9, 29, 49, 69, 89, 99]
 
 
-def test_replay_buffer_holds_what_happened(tmp_path):
+@pytest.mark.parametrize("env", ["Toy-v0", "Reusing-v0"])
+def test_replay_buffer_holds_what_happened(tmp_path, env):
     """s' of a row is the s of the next but at the ends of episodes, and time limits are not terminal."""
-    saved = checkpoint(run(tmp_path, algo="sac", total_steps=300))
+    saved = checkpoint(run(tmp_path, env=env, algo="sac", total_steps=300))
     (s, a, r, s_next, d), timeouts = saved["replay"].split([2, 2, 1, 2, 1], 1), saved["timeouts"]
     torch.testing.assert_close(s_next, s + 0.1 * a)
     torch.testing.assert_close(r, -s_next.norm(dim=1, keepdim=True))
@@ -393,6 +468,11 @@ def test_agent_learns(tmp_path, algo, steps):
     assert first < -15 and last > -8
 
 
+def test_broken_environment_is_named(tmp_path):
+    with pytest.raises(edm.RunError, match="Broken-v0 gave NaN or Inf at step 29"):
+        run(tmp_path, env="Broken-v0", algo="sac", eval_episodes=0)
+
+
 def test_diverging_agent_stops_the_run(tmp_path):
     with pytest.raises(edm.RunError, match="no longer finite at environment step 5[1-9]"):
         run(tmp_path, algo="sac", learning_rate=1e30)
@@ -477,7 +557,10 @@ def test_ended_run_can_still_be_saved(tmp_path, monkeypatch):
 BAD_COMMANDS = {
     "cannot make the environment NoSuch-v0": "--env NoSuch-v0",
     "only flat Box spaces": "--env CartPole-v1",
-    "only flat Box spaces with bounded actions": "--env Unbounded-v0",
+    "only flat Box spaces with float actions in a range": "--env Unbounded-v0",
+    "only flat Box spaces with float actions": "--env dmc/lqr-lqr_6_2",
+    "and Box.* only flat Box spaces": "--env Integers-v0",
+    "and Box.* only flat Box spaces with float": "--env Narrow-v0",
     "cannot make the environment dmc/cheetah-fly": "--env dmc/cheetah-fly",
     "cannot make the environment dmc/cheetah": "--env dmc/cheetah",
     "--num-q must be at least 2": "--num-q 1",

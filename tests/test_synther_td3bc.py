@@ -151,10 +151,44 @@ def test_evaluate_counts_each_episode_to_its_end():
     assert asked == [4, 4, 4, 4, 3, 2, 1]  # episodes that are over are not computed
 
 
+def test_evaluation_sees_fractions_after_an_integer_reset():
+    class Halves(Countdown):
+        def reset(self, seed=None, options=None):
+            return super().reset(seed)[0].astype(int), {}
+
+        def step(self, action):
+            observation, *others = super().step(action)
+            return observation / 2, *others
+
+    returns = synther_td3bc.evaluate(lambda observations: observations[:, 1:], [Halves()], seed=3)
+    assert returns.tolist() == [0 + 0.5 + 1 + 1.5]
+
+
+def test_evaluation_says_whose_number_is_not_finite():
+    class Broken(Countdown):
+        def step(self, action):
+            observation, *others = super().step(action)
+            return observation * math.nan, *others
+
+    with pytest.raises(edm.RunError, match="the environment's observation became NaN"):
+        synther_td3bc.evaluate(lambda observations: observations[:, 1:], [Broken()], seed=3)
+    with pytest.raises(edm.RunError, match="the agent's action became NaN"):
+        synther_td3bc.evaluate(lambda observations: observations[:, 1:] * math.nan, [Countdown()], seed=3)
+
+
 def test_evaluation_is_the_same_each_time():
     envs = [synther_td3bc.make_env("Pendulum-v1") for _ in range(2)]
     first, again, other = (synther_td3bc.evaluate(lambda obs: obs[:, 1:2], envs, seed) for seed in (7, 7, 8))
     assert (again == first).all() and first[0] != first[1] == other[0]
+
+
+@pytest.mark.parametrize("low, high, dtype", [(0, 0, np.float32), (-1, 1, int), (-1e10, 1e10, np.float32)])
+def test_make_env_refuses_actions(monkeypatch, low, high, dtype):
+    env = synther_td3bc.make_env("Pendulum-v1")
+    env.action_space = gym.spaces.Box(low, high, (1,), dtype)
+    monkeypatch.setattr(gym, "make", lambda *args, **options: env)
+    with pytest.raises(edm.RunError, match="only flat Box spaces"):
+        synther_td3bc.make_env("Pendulum-v1")
 
 
 @pytest.mark.parametrize("name", ["NoSuchEnv-v0", "CartPole-v1", "no_such_module:Env-v0", "antmaze-medium-v2"])

@@ -107,14 +107,13 @@ def resolve(args, num_rows, dataset="", latents=False):
 
 
 MAY_BE_ZERO = "seed diffusion_seed eval_episodes synther_ratio policy_noise noise_clip alpha beta eta".split()
-AT_MOST_ONE = ("synther_ratio", "discount", "tau", "expectile")
 
 
 def check_args(args):
     """Raise RunError for a number out of range or a GPU that is not there. Turns --device auto into what it means."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "target_entropy":
-            high = 1 if name in AT_MOST_ONE else sys.float_info.max
+            high = 1 if name in ("synther_ratio", "discount", "tau", "expectile") else sys.float_info.max
             if not 0 <= value <= high or (value == 0 and name not in MAY_BE_ZERO):
                 raise RunError(f"--{name.replace('_', '-')} cannot be {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -174,7 +173,6 @@ def interpolate(x, xs, ys):
 
 class EDM(nn.Module):
     """D_theta: the denoiser with Karras' preconditioning (their Table 1), its loss, and the normaliser of the rows.
-
     Ours: `guided` keeps a copy of the average denoiser as it was early in the training, and the normaliser is a table
     of `knots`, see `fit_normalizer`. The other arguments are the Denoiser's.
     """
@@ -195,7 +193,6 @@ class EDM(nn.Module):
 
     def fit_normalizer(self, rows, raw_columns=()):
         """Standardise the columns of rows [num_rows, dim], except the `raw_columns`, such as terminals.
-
         1e-5 is added to each standard deviation, so that none is 0. With knots, the result is 0.8 times this plus 0.2
         times the rank, as a normal quantile. A value that many rows share, such as a limit, becomes an interval in
         which each row gets a random place, and what is unnormalised stays in the range of these rows.
@@ -232,7 +229,6 @@ class EDM(nn.Module):
 
     def denoise(self, x, sigma):
         """What samplers call: `forward` for one noise level, with guidance if the model has any.
-
         Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") at low noise: the
         estimate moves further away from that of the early copy, by sigma / 2 at most, and stays between the end knots.
         """
@@ -354,14 +350,9 @@ def load_edm(path, device="cpu"):
 own_randomness = torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else [])
 
 
-def get_rng_state(device):
-    """The state of the generator that draws torch's random numbers on a device, "cpu" or "cuda"."""
-    return torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
-
-
-def set_rng_state(state, device):
-    """Undo `get_rng_state`."""
-    (torch.cuda if device == "cuda" else torch).set_rng_state(state.cpu())
+def generator(device):
+    """What draws torch's random numbers on a device, "cpu" or "cuda"."""
+    return torch.cuda.default_generators[0] if device == "cuda" else torch.default_generator
 
 
 def cosine_lr(lr, step, steps):
@@ -376,7 +367,6 @@ def ema_decay(step, beta):
 
 def cuda_graph(step, warmup=3):
     """Record `step`, which reads and writes fixed tensors only, and replay it from then on, by one launch on the GPU.
-
     The first calls run as usual, so that optimisers and workspaces can allocate their memory.
     """
     graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
@@ -442,7 +432,7 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
             part.load_state_dict(saved[name])
         start, last_log = saved["step"], saved["last_log"]
         loss_sum.copy_(saved["loss_sum"])
-        set_rng_state(saved["rng"], device)
+        generator(device).set_state(saved["rng"].cpu())
     lr = optimizer.param_groups[0]["lr"]  # load_state_dict has replaced the tensor
 
     def train_step():
@@ -474,7 +464,7 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
         if save and (done % save_every == 0 or done == steps):
             state = dict(stage="diffusion", settings=settings, step=done, last_log=last_log, loss_sum=loss_sum)
             state |= dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-            save(state | dict(rng=get_rng_state(device)))
+            save(state | dict(rng=generator(device).get_state()))
     return ema
 
 
@@ -584,7 +574,6 @@ def c2st(real, synthetic, max_rows=15_000):
 @own_randomness
 def quality_report(real, synthetic):
     """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
-
     marginal and correlation are Table 1's, of at most 100,000 generated rows. terminals and terminals_real are the
     shares of rows whose last column is above 0.5. nearest is the median distance, in standardised units, from a
     generated row to its nearest real one, nearest_real from a real row to its nearest other: copies would be much
@@ -720,6 +709,9 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
             with h5py.File(path) as f:
                 keys = ["observations", "actions", "rewards", "terminals"]
                 data = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
+                for key in ("truncations", "truncateds", "episode_terminals", "dones"):  # other names of the ends
+                    if key in f and "timeouts" not in data:
+                        data["timeouts"] = (f[key][:] > 0.5) & (data["terminals"].reshape(f[key].shape) <= 0.5)
         elif path.suffix == ".npz":
             with np.load(path) as f:
                 data = {key: f[key] for key in KEYS}
@@ -731,16 +723,24 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
             data = dict(zip(KEYS, map(np.concatenate, zip(*parts))))
     except Exception as error:  # each format fails in its own way: truncated, another format, a missing key, no network
         raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
-    data |= {key: data[key].reshape(-1) for key in ("rewards", "terminals")}
+    data |= {key: data[key].reshape(-1) for key in ("rewards", "terminals", "timeouts") if key in data}
     for key, x in data.items():
         if x.ndim == 0 or x.dtype.kind not in "fiub" or not np.isfinite(x).all():
             raise RunError(f"{source}: {key} holds NaN or Inf, or is not numeric")
     shapes = {key: x.shape for key, x in data.items()}
-    if len({shape[0] for shape in shapes.values()}) > 1 or [len(shapes[key]) for key in KEYS[:2]] != [2, 2]:
+    is_whole = len({shape[0] for shape in shapes.values()}) == 1 and [len(shapes[k]) for k in KEYS[:2]] == [2, 2]
+    if not is_whole or shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
         raise RunError(f"{source}: arrays of these shapes are not transitions: {shapes}")
-    data = qlearning_dataset(data, true_next_obs, max_episode_steps) if is_hdf5 else data
-    if data["observations"].shape != data["next_observations"].shape or len(data["rewards"]) < 2:
-        raise RunError(f"{source} holds fewer than two transitions, or next_observations of another size")
+    if is_hdf5 and "timeouts" not in data:
+        print(f"{source} has no `timeouts`: its episodes end after {max_episode_steps} rows at most", file=sys.stderr)
+    if is_hdf5:
+        raw, data = data, qlearning_dataset(data, true_next_obs, max_episode_steps)
+        if "next_observations" in raw:  # the same where rows are in order; where they are not, the file is right
+            shifted = raw | {"observations": np.roll(raw["next_observations"], 1, axis=0)}
+            own = qlearning_dataset(shifted, true_next_obs, max_episode_steps)["next_observations"]
+            data["next_observations"] = np.where(data["terminals"][:, None], data["next_observations"], own)
+    if len(data["rewards"]) < 2:
+        raise RunError(f"{source} holds fewer than two transitions")
     data = {key: x.astype(np.float32, copy=False) for key, x in data.items()}
     return data | {"terminals": data["terminals"] > 0.5}
 

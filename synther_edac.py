@@ -533,7 +533,7 @@ def main(args):
             optimizer.load_state_dict(saved["optimizers"][name])
         losses.copy_(saved["losses"])
         evaluations, start = saved["evaluations"], saved["update"] + 1
-        edm.set_rng_state(saved["rng"], args.device)
+        edm.generator(args.device).set_state(saved["rng"].cpu())
 
     def train_step():
         batch.copy_(rows[torch.randint(len(rows), (args.batch_size,), device=args.device)])
@@ -570,7 +570,7 @@ def main(args):
             optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
             state = dict(stage="agent", update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
             state |= dict(evaluations=evaluations, obs_mean=obs_mean, obs_std=obs_std)  # the last two for users
-            save(state | dict(rng=edm.get_rng_state(args.device)))
+            save(state | dict(rng=edm.generator(args.device).get_state()))
 
     # --- Results ---
     if evaluations:

@@ -458,7 +458,7 @@ def main(args):
         timeouts[(start - 1) % capacity] = True  # a new episode begins: the environment's state is not saved
         losses.copy_(saved["losses"])
         evaluations, model_step = saved["evaluations"], saved["model_step"]
-        edm.set_rng_state(saved["rng"], args.device)
+        edm.generator(args.device).set_state(saved["rng"].cpu())
     if model_step > 0:
         synthetic = edm.pack(**edm.load_transitions(run_dir / "synthetic.npz")).to(args.device)
     obs = np.array(env.reset(seed=args.seed + 1_003 * start)[0])  # some environments write the next into the same array
@@ -467,7 +467,8 @@ def main(args):
         optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
         state = dict(step=step, model_step=model_step, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
         state |= dict(replay=replay[:step].clone(), timeouts=timeouts[:step].clone(), evaluations=evaluations)
-        state |= dict(rng=edm.get_rng_state(args.device), log_size=metrics.seek(0, 2), seconds=time.time() - start_time)
+        state |= dict(rng=edm.generator(args.device).get_state(), log_size=metrics.seek(0, 2))
+        state |= dict(seconds=time.time() - start_time)
         edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
 
     def critic_step():

@@ -558,7 +558,7 @@ def train(stage, agent, draw, make_policy, offset, evaluations, *, env, saved, l
             optimizer.load_state_dict(saved["optimizers"][name])
         losses.copy_(saved["losses"])
         evaluations[:], start = saved["evaluations"], saved["update"] + 1
-        edm.set_rng_state(saved["rng"], args.device)
+        edm.generator(args.device).set_state(saved["rng"].cpu())
 
     def train_step():
         losses.add_(agent.update(*draw(), noise))
@@ -593,7 +593,7 @@ def train(stage, agent, draw, make_policy, offset, evaluations, *, env, saved, l
         if update > 0 and (update % args.checkpoint_every == 0 or update == updates):
             optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
             state = dict(stage=stage, update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
-            save(state | dict(evaluations=evaluations, rng=edm.get_rng_state(args.device)))
+            save(state | dict(evaluations=evaluations, rng=edm.generator(args.device).get_state()))
 
 
 def main(args):

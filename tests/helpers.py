@@ -31,6 +31,14 @@ def d4rl_rows(n, obs_dim=3, act_dim=2, seed=0):
     }
 
 
+def episodes(n):
+    """`d4rl_rows` whose s' is the s of the next row, but at the ends of episodes."""
+    raw = d4rl_rows(n)
+    going_on = np.flatnonzero(~raw["terminals"][:-1] & ~raw["timeouts"][:-1])
+    raw["next_observations"][going_on] = raw["observations"][going_on + 1]
+    return raw
+
+
 def transitions(n, **options):
     return {key: x for key, x in d4rl_rows(n, **options).items() if key in edm.KEYS}
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import command, d4rl_rows, make_minari, transitions, write
+from helpers import command, d4rl_rows, episodes, make_minari, transitions, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, norm, rankdata
@@ -739,9 +739,47 @@ def test_qlearning_dataset_by_hand():
 @pytest.mark.parametrize("suffix", [".hdf5", ".h5"])
 @pytest.mark.parametrize("true_next_obs", [False, True])
 def test_load_hdf5(tmp_path, suffix, true_next_obs):
-    raw = d4rl_rows(50)
+    raw = episodes(50)
     path = write(tmp_path / f"data{suffix}", raw | {"infos/qpos": np.zeros((3, 2))})
     assert_same_data(edm.load_transitions(path, true_next_obs), slow_qlearning_dataset(raw, true_next_obs))
+
+
+def test_load_hdf5_whose_rows_do_not_follow_one_another(tmp_path):
+    """In another order, or with ends that are not marked, each row has the s' that the file says."""
+    raw = episodes(50)
+    order = np.random.default_rng(0).permutation(50)
+    shuffled = {key: x[order] for key, x in raw.items() if key != "timeouts"}
+    for name, rows in (("shuffled", shuffled), ("unmarked", {k: x for k, x in raw.items() if k != "timeouts"})):
+        data = edm.load_transitions(write(tmp_path / f"{name}.hdf5", rows), true_next_obs=True)
+        index = {row.tobytes(): i for i, row in enumerate(rows["observations"])}
+        index = [index[row.tobytes()] for row in data["observations"]]
+        assert index == list(range(49))
+        for key, x in data.items():
+            np.testing.assert_array_equal(x, rows[key][index], err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["truncations", "truncateds", "episode_terminals", "dones"])
+def test_load_hdf5_with_ends_of_another_name(tmp_path, capsys, name):
+    raw = episodes(50)
+    raw["timeouts"] &= ~raw["terminals"]
+    expected = edm.load_transitions(write(tmp_path / "d4rl.hdf5", raw))
+    raw[name] = raw.pop("timeouts") | (raw["terminals"] & (name in ("episode_terminals", "dones")))
+    raw[name] = raw[name].astype(np.float32)[:, None]
+    assert_same_data(edm.load_transitions(write(tmp_path / "other.hdf5", raw)), expected)
+    assert "timeouts" not in capsys.readouterr().err
+    del raw[name]
+    edm.load_transitions(write(tmp_path / "none.hdf5", raw), max_episode_steps=7)
+    assert "no `timeouts`: its episodes end after 7 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_flags_are_cut_at_a_half(tmp_path, suffix):
+    raw = episodes(50)
+    del raw["timeouts"]
+    expected = edm.load_transitions(write(tmp_path / f"flags{suffix}", raw))
+    for no, yes in ((0.01, 0.9), (-0.2, 255), (-1, 1)):
+        path = write(tmp_path / f"{yes}{suffix}", raw | {"terminals": np.where(raw["terminals"], yes, no)})
+        assert_same_data(edm.load_transitions(path), expected)
 
 
 def test_load_hdf5_with_columns_and_without_timeouts(tmp_path):
@@ -839,7 +877,7 @@ def test_unknown_dataset(name):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A stand-in for the network and an empty cache folder. `answers` holds the bytes, or errors, that come in turn."""
-    file = Path(write(tmp_path / "on_server.hdf5", d4rl_rows(2000)))
+    file = Path(write(tmp_path / "on_server.hdf5", episodes(2000)))
     server = SimpleNamespace(body=file.read_bytes(), answers=[], urls=[], folder=tmp_path / "cache")
 
     def download_url_to_file(url, path):
@@ -873,7 +911,7 @@ def server(tmp_path, monkeypatch):
 def test_download_is_cached_under_d4rls_name(server, name, url, file):
     server.answers = [server.body]
     for _ in range(2):  # the second time from the cache
-        assert_same_data(edm.load_transitions(name), slow_qlearning_dataset(d4rl_rows(2000)))
+        assert_same_data(edm.load_transitions(name), slow_qlearning_dataset(episodes(2000)))
     assert server.urls == [f"http://rail.eecs.berkeley.edu/datasets/offline_rl/{url}"]
     assert [path.name for path in server.folder.iterdir()] == [file]
 

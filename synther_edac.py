@@ -300,8 +300,7 @@ class Maze2d(gym.Env):
     def __init__(self, maze, goal):
         spec = mujoco.MjSpec.from_string("""
             <mujoco>
-              <compiler inertiafromgeom="true"/>
-              <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+              <compiler inertiafromgeom="true"/> <option timestep="0.01" gravity="0 0 0" iterations="20"/>
               <default>
                 <joint type="slide" damping="1"/>
                 <motor ctrlrange="-1 1" ctrllimited="true" gear="100"/>

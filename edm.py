@@ -16,6 +16,7 @@ Section, Table, Figure: the SynthER paper's. Karras: arXiv 2206.00364.
 
 import copy
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -174,8 +175,7 @@ def interpolate(x, xs, ys):
 class EDM(nn.Module):
     """D_theta: the denoiser with Karras' preconditioning (their Table 1), its loss, and the normaliser of the rows.
     Ours: `guided` keeps a copy of the average denoiser as it was early in the training, and the normaliser is a table
-    of `knots`, see `fit_normalizer`. The other arguments are the Denoiser's.
-    """
+    of `knots`, see `fit_normalizer`. The other arguments are the Denoiser's."""
 
     P_MEAN, P_STD = -1.2, 1.2  # training noise levels: ln(sigma) ~ N(P_mean, P_std^2), Karras' Table 1
     GUIDANCE, GUIDED_BELOW = 1.5, 0.3  # weight of the guidance, and the noise level up to which it acts
@@ -367,8 +367,7 @@ def ema_decay(step, beta):
 
 def cuda_graph(step, warmup=3):
     """Record `step`, which reads and writes fixed tensors only, and replay it from then on, by one launch on the GPU.
-    The first calls run as usual, so that optimisers and workspaces can allocate their memory.
-    """
+    The first calls run as usual, so that optimisers and workspaces can allocate their memory."""
     graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
 
     def run():
@@ -409,6 +408,7 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
     """
     args = resolve(copy.copy(args), len(rows))
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
+    settings["rows"] = hashlib.sha256(rows.cpu().contiguous().numpy()).hexdigest()
     steps, is_paper = args.diffusion_steps, args.diffusion_recipe == "paper"
     rows = repeat_starts(rows, obs_dim) if obs_dim and not is_paper else rows
     beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
@@ -426,7 +426,7 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
     x = model.normalize(rows.to(device))
     loss_sum, last_log, start = torch.zeros((), device=device), 0, 0
     if saved and saved["stage"] == "diffusion":
-        if saved["settings"] != settings or not torch.equal(saved["model"]["mean"], model.mean):
+        if saved["settings"] != settings:
             raise RunError("the checkpoint is of another configuration or other data; delete it to start over")
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
             part.load_state_dict(saved[name])
@@ -557,8 +557,7 @@ def correlation(real, synthetic):
 
 def c2st(real, synthetic, max_rows=15_000):
     """Classifier two-sample test: the area under the ROC curve of gradient-boosted trees that tell generated rows from
-    real ones, on a third of the first `max_rows`, which they have not seen. 0.5: they cannot; 1: always; NaN: too few.
-    """
+    real ones, on a third of the first `max_rows`, which they have not seen. 0.5: they cannot; NaN: too few."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 
@@ -577,8 +576,7 @@ def quality_report(real, synthetic):
     marginal and correlation are Table 1's, of at most 100,000 generated rows. terminals and terminals_real are the
     shares of rows whose last column is above 0.5. nearest is the median distance, in standardised units, from a
     generated row to its nearest real one, nearest_real from a real row to its nearest other: copies would be much
-    nearer. c2st leaves out the last column; c2st_real is that of real rows among themselves.
-    """
+    nearer. c2st leaves out the last column; c2st_real is that of real rows among themselves."""
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)

@@ -111,8 +111,10 @@ MAY_BE_ZERO = "seed diffusion_seed eval_episodes synther_ratio policy_noise nois
 
 
 def check_args(args):
-    """Raise RunError for a number out of range or a GPU that is not there. Turns --device auto into what it means."""
+    """Raise RunError for a number out of range or a GPU that is not there. Replaces --device auto, and ~ in paths."""
     for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "target_entropy":
             high = 1 if name in ("synther_ratio", "discount", "tau", "expectile") else sys.float_info.max
             if not 0 <= value <= high or (value == 0 and name not in MAY_BE_ZERO):

@@ -354,7 +354,7 @@ def make_env(name):
         if "/" in name:
             import minari
 
-            env = minari.load_dataset(name, download=True).recover_environment()
+            env = minari.load_dataset(name, download=True).recover_environment(eval_env=True)
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(ids.get(name.split("-")[0], name), disable_env_checker=True)
@@ -456,7 +456,7 @@ def main(args):
     if args.data == "mixed":
         args.num_samples = len(real)  # whatever was asked for
     edm.resolve(args, len(real), args.env)
-    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
     synthetic_path = Path(args.synthetic_path or run_dir / "synthetic.npz")
     rows = real if args.data == "real" else None

@@ -414,7 +414,7 @@ def main(args):
     has_score = not math.isnan(normalized_score(args.env, 0))
 
     # --- Run folder and log ---
-    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
     if not args.resume:
         run_dir.mkdir(parents=True)

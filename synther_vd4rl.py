@@ -616,7 +616,7 @@ def main(args):
     if args.agent_path:
         load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # refuses one that does not fit
     edm.resolve(args, len(data["row"]), args.env, latents=True)
-    run_name = f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}".replace("/", "-")
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
 
     # --- Run folder and log ---

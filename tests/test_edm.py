@@ -985,6 +985,13 @@ def test_numbers_that_cannot_be(name, values):
             edm.check_args(SimpleNamespace(device="cpu", **{name: value}))
 
 
+def test_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/reader")
+    args = SimpleNamespace(device="cpu", dataset_path="~/data.hdf5", out_dir="~", exp_name="a~b")
+    edm.check_args(args)
+    assert (args.dataset_path, args.out_dir, args.exp_name) == ("/home/reader/data.hdf5", "/home/reader", "a~b")
+
+
 def test_numbers_that_can_be():
     args = SimpleNamespace(device="auto", seed=0, eval_episodes=0, tau=1.0, target_entropy=-3.0, track=False, env="x")
     edm.check_args(args)

@@ -324,14 +324,17 @@ def test_mazes_run(tmp_path, monkeypatch, script, env_id):
 
 @offline
 def test_minari_dataset_runs(tmp_path, monkeypatch, capsys, script):
-    """Its environment comes with it. Pendulum has no score, so none is printed."""
-    make_minari(monkeypatch, tmp_path / "minari", env="Pendulum-v1")
+    """Its environment comes with it, with all its arguments. Pendulum has no score, so none is printed."""
+    made = gym.make("Pendulum-v1", g=2.0), gym.make("Pendulum-v1", g=3.0, max_episode_steps=7)
+    make_minari(monkeypatch, tmp_path / "minari", env=made[0], eval_env=made[1])
+    env = script.make_env("test/two-v0")
+    assert (env.unwrapped.g, env.spec.max_episode_steps) == (3, 7)
     folder = run(
         script, tmp_path, env="test/two-v0", data="real", updates=5, eval_episodes=1, hidden_dim=8, device="cpu"
     )
     assert folder.name.startswith("test-two-v0__") and "score" not in capsys.readouterr().out.splitlines()[-2]
     with np.load(folder / "final_returns.npz") as f:
-        assert (f["returns"] < -100).all() and np.isnan(f["normalized_scores"]).all()
+        assert (f["returns"] < -1).all() and np.isnan(f["normalized_scores"]).all()
 
 
 # --- Runs that were stopped -------------------------------------------------------------------------------------------

@@ -255,8 +255,7 @@ class Agent(nn.Module):
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
-# Row t of an episode holds image t, and the action and the reward that led to it. Images are kept once, as bytes, and
-# stacked when a batch is drawn.
+# Row t of an episode holds image t, and the action and the reward that led to it. Images are stacked for each batch.
 
 LEVELS = dict(random="random", mixed="medium_replay", medium="medium", medexp="medium_expert", expert="expert")
 
@@ -283,15 +282,16 @@ def read_file(path, frames):
 
     Images of 64 x 64 are enlarged (cubic interpolation, as V-D4RL's conversion does).
     """
-    if path.suffix == ".npz":  # one episode, [501, 64, 64, 3]
-        with np.load(path) as f:
-            images = torch.from_numpy(f["image"]).permute(0, 3, 1, 2).float()
-            others = [f[key] for key in ("action", "reward", "discount", "is_first")]
-        images = F.interpolate(images, frames.shape[2:], mode="bicubic", align_corners=False)
-        frames.copy_(images.round().clamp(0, 255))
-        return others
-    with h5py.File(path, "r") as f:
-        f["observation"].read_direct(frames.numpy())
+    is_npz = path.suffix == ".npz"  # one episode, [501, 64, 64, 3]
+    with np.load(path) if is_npz else h5py.File(path, "r") as f:
+        images = f["image" if is_npz else "observation"]
+        if images.dtype != np.uint8:
+            raise ValueError(f"its images are {images.dtype}, not uint8")
+        if is_npz:
+            images = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+            frames.copy_(F.interpolate(images, frames.shape[2:], mode="bicubic").round().clamp(0, 255))
+            return [f[key] for key in ("action", "reward", "discount", "is_first")]
+        images.read_direct(frames.numpy())
         action, *others = (f[key][:] for key in ("action", "reward", "discount", "step_type"))
     reward, discount, step_type = (x.reshape(len(action)) for x in others)
     return action, reward, discount, step_type == 0

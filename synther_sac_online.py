@@ -288,7 +288,8 @@ def make_env(name):
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(name, disable_env_checker=True)
-    except (gym.error.Error, ImportError, ValueError) as error:
+        env.reset(seed=0)  # what cannot work fails here, such as a task that needs a renderer (MUJOCO_GL)
+    except (gym.error.Error, ImportError, ValueError, mujoco.FatalError) as error:
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))

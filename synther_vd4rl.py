@@ -425,7 +425,7 @@ class PixelEnv:
 
     def reset(self, seed):
         """Returns [9, 84, 84] uint8."""
-        self.env.task._random = np.random.RandomState(seed)
+        self.env.task._random = np.random.RandomState(seed % 2**32)
         self.observation = self.env.reset().observation  # of the state
         self.images = 3 * [self.render()]
         return np.concatenate(self.images)

@@ -17,6 +17,7 @@ had come to 2,350. It ends at a score of about 24; with --data real at about 19.
 """
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -466,22 +467,22 @@ def main(args):
     if rows is None and (args.synthetic_path or synthetic_path.exists()):
         rows = load(synthetic_path)[: args.num_samples]
         if args.data == "mixed" and len(rows) < len(real):
-            raise edm.RunError(
-                f"--data mixed needs {len(real)} generated transitions; {synthetic_path} has {len(rows)}"
-            )
+            raise edm.RunError(f"--data mixed needs {len(real)} generated rows, and {synthetic_path} has {len(rows)}")
 
     # --- Run folder and log ---
     if not args.resume:
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     checkpoint = run_dir / "checkpoint.pt"
+    data_hash = hashlib.sha256(real.numpy()).hexdigest()
     saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(stage="", log_size=0, seconds=0)
+    if saved.get("data", data_hash) != data_hash:
+        raise edm.RunError(f"{checkpoint} is of other data than {args.dataset_path or args.env} holds now")
     start_time -= saved["seconds"]
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
-    if not saved["log_size"]:
-        print("step,key,value", file=metrics)
+    metrics.write("" if saved["log_size"] else "step,key,value\n")
     if args.track:
         import wandb
 
@@ -496,7 +497,7 @@ def main(args):
             wandb.log(values | {"step": step})
 
     def save(state):
-        state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time)
+        state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time, data=data_hash)
         edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
 
     # --- SynthER: train a diffusion model on the real transitions and generate new ones ---

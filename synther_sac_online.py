@@ -426,8 +426,7 @@ def main(args):
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
-    if not saved["log_size"]:
-        print("step,key,value", file=metrics)
+    metrics.write("" if saved["log_size"] else "step,key,value\n")
     if args.track:
         import wandb
 

@@ -346,7 +346,7 @@ RESUMED = dict(
 
 
 @offline
-def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, script):
+def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
     """Every moment at which a file is replaced, in all stages: a run that ended there goes on to the same numbers."""
     data = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300))
     with monkeypatch.context() as patch:
@@ -371,6 +371,12 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, script):
                 assert all(np.array_equal(a[key], b[key], equal_nan=True) for key in b.files)
         a, b = ([item for item in read_metrics(f).items() if "perf/" not in item[0][1]] for f in (folder, whole))
         np.testing.assert_equal(a, b)  # in the same order
+    with np.load(data) as f:
+        write(Path(data), dict(f) | {"terminals": np.arange(300) == 7})  # the file is replaced in the meantime
+    for folder in (killed[3], killed[-1]):  # in the diffusion model's stage, in the agent's
+        with pytest.raises(SystemExit):
+            command(monkeypatch, script, resume=folder)
+        assert "checkpoint.pt is of other data" in capsys.readouterr().err
 
 
 BAD_COMMANDS = {
@@ -387,7 +393,7 @@ BAD_COMMANDS = {
     "--seed cannot be -1": dict(seed=-1),
     "no use with --data real": dict(data="real", synthetic_path="data.npz"),
     "other.npz has .4, 1. observation": dict(synthetic_path="other.npz"),
-    "--data mixed needs 1000 generated transitions; few.npz has 99": dict(data="mixed", synthetic_path="few.npz"),
+    "--data mixed needs 1000 generated rows, and few.npz has 99": dict(data="mixed", synthetic_path="few.npz"),
     "CUDA|GPU": dict(device="cuda"),
     "File exists|Not a directory": dict(out_dir="data.npz"),
     "nothing is not a run folder": dict(resume="nothing"),

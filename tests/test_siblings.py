@@ -299,8 +299,10 @@ def test_order_of_td3bcs_updates(tmp_path, monkeypatch):
 def test_diverging_agent_stops_the_run(tmp_path, script):
     path = write(tmp_path / "data.npz", transitions(100, act_dim=1))
     options = TINY | dict(env="Pendulum-v1", dataset_path=path, data="real", learning_rate=1e30)
-    with pytest.raises(edm.RunError, match="loss of the agent is no longer finite, in updates 0 to 200"):
-        run(script, tmp_path / "runs", **options)
+    at_the_end, before = "a loss of the agent is no longer finite, in updates 0 to 200", "the agent's action became NaN"
+    for eval_every, message in ((200, at_the_end), (100, before)):
+        with pytest.raises(edm.RunError, match=message):
+            run(script, tmp_path / "runs", **options | dict(eval_every=eval_every))
 
 
 @pytest.mark.parametrize(

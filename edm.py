@@ -694,7 +694,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     Args:
         source: a D4RL name (walker2d-medium-replay-v2), a path that ends in .hdf5, .h5 (D4RL's layout) or .npz
             (transitions), a Minari id (mujoco/hopper/medium-v0), or `quickstart`, the bundled dataset.
-        true_next_obs, max_episode_steps: see `qlearning_dataset`. The .npz and Minari always hold the true s'.
+        true_next_obs, max_episode_steps: for HDF5, see `qlearning_dataset`. Rows that go on have the file's s', if any.
 
     Returns: dict by KEYS of float32 arrays [N, obs_dim], [N, act_dim], [N], [N, obs_dim], and terminals [N], bool.
     RunError where the source is unknown, missing, unreadable, or not a set of finite transitions.
@@ -711,7 +711,8 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
                 data = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
                 for key in ("truncations", "truncateds", "episode_terminals", "dones"):  # other names of the ends
                     if key in f and "timeouts" not in data:
-                        data["timeouts"] = (f[key][:] > 0.5) & (data["terminals"].reshape(f[key].shape) <= 0.5)
+                        ends = (f[key][:] > 0.5) & (data["terminals"].reshape(f[key].shape) <= 0.5)
+                        data |= {"timeouts": ends} if ends.any() else {}
         elif path.suffix == ".npz":
             with np.load(path) as f:
                 data = {key: f[key] for key in KEYS}
@@ -736,9 +737,8 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     if is_hdf5:
         raw, data = data, qlearning_dataset(data, true_next_obs, max_episode_steps)
         if "next_observations" in raw:  # the same where rows are in order; where they are not, the file is right
-            shifted = raw | {"observations": np.roll(raw["next_observations"], 1, axis=0)}
-            own = qlearning_dataset(shifted, true_next_obs, max_episode_steps)["next_observations"]
-            data["next_observations"] = np.where(data["terminals"][:, None], data["next_observations"], own)
+            own = qlearning_dataset(raw | {"observations": raw["next_observations"]}, true_next_obs, max_episode_steps)
+            data["next_observations"][~data["terminals"]] = own["observations"][~data["terminals"]]
     if len(data["rewards"]) < 2:
         raise RunError(f"{source} holds fewer than two transitions")
     data = {key: x.astype(np.float32, copy=False) for key, x in data.items()}

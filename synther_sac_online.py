@@ -5,7 +5,7 @@ The agent is soft actor-critic as REDQ's code has it (Chen et al. 2021), the sam
 synther a new diffusion model is trained on the replay buffer every 10,000 environment steps, and half of each batch
 comes from its samples. That is all that changes, and it lets SAC make 20 updates per environment step.
 
-    python synther_sac_online.py                                      # Pendulum; two minutes on two CPU cores
+    python synther_sac_online.py                                      # Pendulum; a few minutes on two CPU cores
     python synther_sac_online.py --env HalfCheetah-v4                 # the paper's experiment; wants a GPU
     python synther_sac_online.py --env dmc/cheetah-run                # the DeepMind Control suite
     python synther_sac_online.py --env HalfCheetah-v4 --algo redq     # a baseline; so is --algo sac
@@ -270,7 +270,7 @@ class DMC(gym.Env):
 
         try:
             time_step = self.dm_env.step(action)
-        except PhysicsError:  # the simulation has diverged: the episode ends here, as by a time limit
+        except PhysicsError:  # the simulation has diverged: the episode ends in its last valid state, not terminal
             return self.observation, 0.0, False, True, {}
         self.observation = time_step.observation["observations"].astype(np.float32)
         return self.observation, time_step.reward, False, time_step.last(), {}
@@ -289,7 +289,7 @@ def make_env(name):
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(name, disable_env_checker=True)
         env.reset(seed=0)  # what cannot work fails here, such as a task that needs a renderer (MUJOCO_GL)
-    except (gym.error.Error, ImportError, ValueError, mujoco.FatalError) as error:
+    except (gym.error.Error, ImportError, ValueError, RuntimeError, mujoco.FatalError) as error:
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
@@ -303,7 +303,7 @@ def make_env(name):
 def evaluate(policy, envs, seed):
     """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
     which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
-    seed + i, the same at every evaluation, as in SynthER."""
+    seed + i, the same at every evaluation, as in SynthER. RunError where an observation or action is not finite."""
     observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
@@ -532,7 +532,8 @@ def main(args):
                 action = agent.actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=args.device)[None])[0][0]
         action = action.cpu().numpy()  # the only wait in training
         if not np.isfinite(action).all():
-            raise edm.RunError(f"the agent's action is no longer finite at environment step {t}")
+            cause = "the agent's action" if np.isfinite(obs).all() else f"the observation of {args.env}"
+            raise edm.RunError(f"{cause} is not finite at environment step {t}")
         next_obs, reward, terminated, truncated, _ = env.step(action)
         # A fall on the very step of the time limit is terminal too; in the official code it is not.
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)

@@ -368,7 +368,7 @@ def make_env(name):
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
     if not (is_flat and a.dtype.kind == "f" and len({*-a.low, *a.high}) == 1 and 0 < a.high[0] < 1e9):
-        raise edm.RunError(f"{name} has {s} and {a}; only flat Box spaces with float actions within +-x are supported")
+        raise edm.RunError(f"{name} has {s} and {a}; only flat Box spaces with one bound, +-x, for all float actions")
     return env
 
 
@@ -376,7 +376,7 @@ def make_env(name):
 def evaluate(policy, envs, seed):
     """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
     which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
-    seed + i, the same at every evaluation, as in SynthER."""
+    seed + i, the same at every evaluation, as in SynthER. RunError where an observation or action is not finite."""
     observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
@@ -472,7 +472,7 @@ def main(args):
     data_hash = hashlib.sha256(real.numpy()).hexdigest()
     saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(stage="", log_size=0, seconds=0)
     if saved.get("data", data_hash) != data_hash:
-        raise edm.RunError(f"{checkpoint} is of other data than {args.dataset_path or args.env} holds now")
+        raise edm.RunError(f"{checkpoint} is of other data than {args.dataset_path or args.env} has: start a new run")
     start_time -= saved["seconds"]
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)

@@ -302,7 +302,7 @@ def test_diverging_agent_stops_the_run(tmp_path, script):
     at_the_end, before = "a loss of the agent is no longer finite, in updates 0 to 200", "the agent's action became NaN"
     for eval_every, message in ((200, at_the_end), (100, before)):
         with pytest.raises(edm.RunError, match=message):
-            run(script, tmp_path / "runs", **options | dict(eval_every=eval_every))
+            run(script, tmp_path / str(eval_every), **options | dict(eval_every=eval_every))
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,8 @@ def test_minari_dataset_runs(tmp_path, monkeypatch, capsys, script):
     )
     assert folder.name.startswith("test-two-v0__") and "score" not in capsys.readouterr().out.splitlines()[-2]
     with np.load(folder / "final_returns.npz") as f:
-        assert (f["returns"] < -1).all() and np.isnan(f["normalized_scores"]).all()
+        assert (-7 * 17 < f["returns"]).all() and (f["returns"] < -1).all()  # 7 steps
+        assert np.isnan(f["normalized_scores"]).all()
 
 
 # --- Runs that were stopped -------------------------------------------------------------------------------------------

@@ -185,7 +185,6 @@ class EDM(nn.Module):
     def __init__(self, dim, guided=False, knots=0, **denoiser):
         super().__init__()
         self.config = dict(dim=dim, guided=guided, knots=knots, **denoiser)
-        self.dim = dim
         self.denoiser = Denoiser(dim, **denoiser)
         self.early = copy.deepcopy(self.denoiser) if guided else None
         self.register_buffer("mean", torch.zeros(dim))
@@ -194,11 +193,10 @@ class EDM(nn.Module):
         self.register_buffer("knots", torch.zeros(dim, knots))  # ... and what they are normalised to
 
     def fit_normalizer(self, rows, raw_columns=()):
-        """Standardise the columns of rows [num_rows, dim], except the `raw_columns`, such as terminals.
-        1e-5 is added to each standard deviation, so that none is 0. With knots, the result is 0.8 times this plus 0.2
-        times the rank, as a normal quantile. A value that many rows share, such as a limit, becomes an interval in
-        which each row gets a random place, and what is unnormalised stays in the range of these rows.
-        """
+        """Standardise the columns of rows [num_rows, dim], except the `raw_columns`, such as terminals. 1e-5 is added
+        to each standard deviation, so that none is 0. With knots, the result is 0.8 times this plus 0.2 times the rank,
+        as a normal quantile. A value that many rows share, such as a limit, becomes an interval in which each row gets
+        a random place, and what is unnormalised stays in the range of these rows."""
         raw, num_knots = list(raw_columns), self.knots.shape[1]
         std, mean = torch.std_mean(rows, dim=0)
         self.std[:], self.mean[:] = std + 1e-5, mean
@@ -230,10 +228,9 @@ class EDM(nn.Module):
         return c_skip * x + c_out * (denoiser or self.denoiser)(c_in * x, c_noise)
 
     def denoise(self, x, sigma):
-        """What samplers call: `forward` for one noise level, with guidance if the model has any.
-        Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") at low noise: the
-        estimate moves further away from that of the early copy, by sigma / 2 at most, and stays between the end knots.
-        """
+        """What samplers call: `forward` for one noise level, with guidance if the model has any. Autoguidance (Karras
+        et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") at low noise: the estimate moves further
+        away from that of the early copy, by sigma / 2 at most, and stays between the end knots."""
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
             change = denoised - self(x, sigma, self.early)
@@ -390,7 +387,7 @@ def cuda_graph(step, warmup=3):
 
 
 @own_randomness
-def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_dim=128, init=None, device="cpu",
+def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_dim=128, init=None, device="cpu",
               saved=None, save=None, save_every=10_000, log=lambda *_: None):  # fmt: skip
     """Train a diffusion model on rows (Appendix B.2, Table 8) and return the moving average of its weights.
 
@@ -400,7 +397,7 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
 
     Args:
         rows: float32 [num_rows, dim], in raw units.
-        obs_dim: the size of s, if the rows are transitions in their order: the fast recipe then calls `repeat_starts`.
+        starts: the mask of `episode_starts`. The fast recipe repeats the rows in it until they are 2% of all.
         raw_columns: columns that are not standardised, such as terminals.
         time_dim: see Denoiser; the fast recipe takes the width.
         init: a model of the same size, whose denoiser to start from.
@@ -412,7 +409,8 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
     settings["rows"] = hashlib.sha256(rows.cpu().contiguous().numpy()).hexdigest()
     steps, is_paper = args.diffusion_steps, args.diffusion_recipe == "paper"
-    rows = repeat_starts(rows, obs_dim) if obs_dim and not is_paper else rows
+    if starts is not None and not is_paper:  # an agent meets one in each episode, a network that sees few makes none
+        rows = torch.cat([rows] + [rows[starts]] * (round(0.02 * len(rows) / max(starts.sum().item(), 1)) - 1))
     beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
@@ -426,13 +424,13 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
     lr = torch.tensor(0.0, device=device)  # a tensor, which a CUDA graph reads anew
     optimizer = torch.optim.Adam(params, lr, betas=(0.9, 0.99), fused=True, capturable=device == "cuda")
     x = model.normalize(rows.to(device))
-    loss_sum, last_log, start = torch.zeros((), device=device), 0, 0
+    loss_sum, start = torch.zeros((), device=device), 0
     if saved and saved["stage"] == "diffusion":
         if saved["settings"] != settings:
             raise RunError("the checkpoint is of another configuration or other data; delete it to start over")
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
             part.load_state_dict(saved[name])
-        start, last_log = saved["step"], saved["last_log"]
+        start = saved["step"]
         loss_sum.copy_(saved["loss_sum"])
         generator(device).set_state(saved["rng"].cpu())
     lr = optimizer.param_groups[0]["lr"]  # load_state_dict has replaced the tensor
@@ -456,15 +454,14 @@ def train_edm(rows, args=DiffusionArgs(), *, obs_dim=None, raw_columns=(), time_
             ema.early.load_state_dict(ema.denoiser.state_dict())
         done = step + 1
         if done % 500 == 0 or done == steps:
-            loss = loss_sum.item() / (done - last_log)  # the only wait in training
+            loss = loss_sum.item() / (done % 500 or 500)  # the only wait in training
             if not math.isfinite(loss):
-                raise RunError(f"the diffusion loss became {loss} between steps {last_log} and {done}")
+                raise RunError(f"the diffusion loss became {loss} in the {done % 500 or 500} steps up to {done}")
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             log(done, {"diffusion/loss": loss})
             loss_sum.zero_()
-            last_log = done
         if save and (done % save_every == 0 or done == steps):
-            state = dict(stage="diffusion", settings=settings, step=done, last_log=last_log, loss_sum=loss_sum)
+            state = dict(stage="diffusion", settings=settings, step=done, loss_sum=loss_sum)
             state |= dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
             save(state | dict(rng=generator(device).get_state()))
     return ema
@@ -485,7 +482,7 @@ def generate(model, num_samples, args=DiffusionArgs()):
     sample = sample_sde if args.sampler == "sde" else functools.partial(sample_dpmpp, eta=int(model.knots.numel() > 0))
     sigmas = karras_sigmas(args.sample_steps)
     torch.manual_seed(args.diffusion_seed)
-    rows = torch.empty(num_samples, model.dim)
+    rows = torch.empty(num_samples, len(model.mean))
     with Bar(desc="sampling", total=num_samples, unit="row") as bar:
         for part in rows.split(batch_size):
             x = sigmas[0].item() * torch.randn(part.shape, device=device)
@@ -528,13 +525,11 @@ def unpack(rows, obs_dim, act_dim):
     return data | {"rewards": data["rewards"][:, 0], "terminals": data["terminals"][:, 0] > 0.5}
 
 
-def repeat_starts(rows, obs_dim):
-    """Repeat the rows [N, dim] that begin an episode, where s is not the s' before, until they are 2% of all. Ours, for
-    the fast recipe: start states are rare and much alike, and a network that sees one in 1,000 rows makes none. But an
-    agent meets one in each episode. In rows of random order nearly all seem to begin one; then none is repeated."""
+def episode_starts(rows, obs_dim):
+    """Which rows begin an episode, a mask [N] of rows [N, dim] in their order: those where s is not the s' of the row
+    before, or that row is terminal. In rows of random order nearly all seem to."""
     follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
-    starts = torch.cat([rows[:1], rows[1:][~follows]])
-    return torch.cat([rows] + [starts] * (round(0.02 * len(rows) / len(starts)) - 1))
+    return torch.cat([follows.new_ones(1), ~follows])
 
 
 # --- Sample quality ---------------------------------------------------------------------------------------------------
@@ -688,13 +683,14 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     return data | {"next_observations": next_observations, "terminals": terminals[keep]}
 
 
-def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
+def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=None):
     """Transitions from any of the datasets that the scripts know.
 
     Args:
         source: a D4RL name (walker2d-medium-replay-v2), a path that ends in .hdf5, .h5 (D4RL's layout) or .npz
             (transitions), a Minari id (mujoco/hopper/medium-v0), or `quickstart`, the bundled dataset.
         true_next_obs, max_episode_steps: for HDF5, see `qlearning_dataset`. Rows that go on have the file's s', if any.
+        sizes: (obs_dim, act_dim) that the transitions must have; any, if None.
 
     Returns: dict by KEYS of float32 arrays [N, obs_dim], [N, act_dim], [N], [N, obs_dim], and terminals [N], bool.
     RunError where the source is unknown, missing, unreadable, or not a set of finite transitions.
@@ -732,6 +728,9 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000):
     is_whole = len({shape[0] for shape in shapes.values()}) == 1 and [len(shapes[k]) for k in KEYS[:2]] == [2, 2]
     if not is_whole or shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
         raise RunError(f"{source}: arrays of these shapes are not transitions: {shapes}")
+    found = shapes["observations"][1:] + shapes["actions"][1:]
+    if sizes not in (None, found):
+        raise RunError(f"{source} has {found} observation and action dimensions, not {sizes}")
     if is_hdf5 and "timeouts" not in data:
         print(f"{source} has no `timeouts`: its episodes end after {max_episode_steps} rows at most", file=sys.stderr)
     if is_hdf5:
@@ -778,7 +777,8 @@ def main(args):
     resolve(args, len(real), args.data)
     saved = load_file(checkpoint, args.device) if checkpoint.exists() else None
     saving = dict(saved=saved, save=lambda state: save_atomically(checkpoint, lambda f: torch.save(state, f)))
-    model = train_edm(real, args, obs_dim=obs_dim, raw_columns=[-1], device=args.device, **saving)  # -1: the terminal
+    starts = episode_starts(real, obs_dim)
+    model = train_edm(real, args, starts=starts, raw_columns=[-1], device=args.device, **saving)  # -1: the terminal
     rows = generate_transitions(model, real, args)
     print("sample quality:", quality_report(real, rows))
     plot_marginals(plot_path, real, rows, obs_dim, act_dim)

@@ -288,8 +288,11 @@ def make_env(name):
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(name, disable_env_checker=True)
-        env.reset(seed=0)  # what cannot work fails here, such as a task that needs a renderer (MUJOCO_GL)
-    except (gym.error.Error, ImportError, ValueError, RuntimeError, mujoco.FatalError) as error:
+        if env.spec.max_episode_steps is None:
+            warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
+            env = gym.wrappers.TimeLimit(env, 1_000)
+        env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here, such as a renderer
+    except Exception as error:  # an environment can fail in any way
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
@@ -394,9 +397,8 @@ def parse_args():
 def main(args):
     # --- Arguments, environments ---
     start_time = time.time()
-    for pattern, values in DEFAULTS.items():
-        if re.match(pattern, args.env):
-            edm.fill(args, values)
+    for values in [values for pattern, values in DEFAULTS.items() if re.match(pattern, args.env)]:
+        edm.fill(args, values)
     edm.fill(args, ALGOS[args.algo] | dict(exp_name=f"synther_sac_online-{args.algo}"))
     edm.resolve(args, 0)
     edm.check_args(args)

@@ -255,8 +255,7 @@ class Maze2d(gym.Env):
     """D4RL's maze2d: a ball that is pushed through a maze and seeks one place, the same in every episode.
 
     Observation [x, y, vx, vy] (x grows with the row; the middle of cell (i, j) is at (i - 0.2, j - 0.2)). Action: the
-    force in [-1, 1]^2. Reward 1 for each step that ends within 0.5 of the goal. Only the time limit ends an episode.
-    """
+    force in [-1, 1]^2. Reward 1 for each step that ends within 0.5 of the goal. Only the time limit ends an episode."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
@@ -362,7 +361,11 @@ def make_env(name):
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(ids.get(name.split("-")[0], name), disable_env_checker=True)
-    except (gym.error.Error, ImportError, ValueError) as error:
+        if env.spec.max_episode_steps is None:
+            warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
+            env = gym.wrappers.TimeLimit(env, 1_000)
+        env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
+    except Exception as error:  # an environment can fail in any way
         where = " (AntMaze is in synther_td3bc.py alone)" if name.startswith("antmaze") else ""
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{where}") from None
     s, a = env.observation_space, env.action_space
@@ -426,32 +429,29 @@ def parse_args():
 def main(args):
     # --- Arguments, environments, real transitions ---
     start_time = time.time()
-    for pattern, values in DEFAULTS.items():
-        if re.match(pattern, args.env):
-            edm.fill(args, values)
+    for values in [values for pattern, values in DEFAULTS.items() if re.match(pattern, args.env)]:
+        edm.fill(args, values)
     edm.check_args(args)
     if args.env == "quickstart" and args.dataset_path:
         raise edm.RunError("--dataset-path needs --env, the environment to evaluate in, such as Walker2d-v4")
     if args.data == "real" and args.synthetic_path:
         raise edm.RunError("--synthetic-path has no use with --data real")
-    envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]  # at least one, for its spaces
-    env_id, horizon = envs[0].spec.id, envs[0].spec.max_episode_steps or 1000
-    obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    max_action = float(envs[0].action_space.high[0])
-
-    def load(source):
-        data = edm.load_transitions(source, args.true_next_obs, horizon)
-        sizes = data["observations"].shape[1], data["actions"].shape[1]
-        if sizes != (obs_dim, act_dim):
-            raise edm.RunError(f"{source} has {sizes} observation and action dimensions, {env_id} {(obs_dim, act_dim)}")
-        return edm.pack(**data)
-
-    real = load(args.dataset_path or args.env)
+    envs = [make_env(args.env) for _ in range(args.eval_episodes)]  # without any, sizes and bound are the data's
+    env_id, horizon = (envs[0].spec.id, envs[0].spec.max_episode_steps) if envs else (args.env, 1_000)
+    sizes = envs[0].observation_space.shape + envs[0].action_space.shape if envs else None
+    data = edm.load_transitions(args.dataset_path or args.env, args.true_next_obs, horizon, sizes)
+    obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+    max_action = float(envs[0].action_space.high[0] if envs else np.abs(data["actions"]).max())
+    if np.abs(data["actions"]).max() > max_action:
+        print(f"the data have actions beyond +-{max_action}, the bound of {env_id}", file=sys.stderr)
+    real = edm.pack(**data)
+    starts = edm.episode_starts(real, obs_dim)
     if args.subsample:
         count = round(args.subsample * len(real) if args.subsample <= 1 else args.subsample)
         if not 2 <= count <= len(real):
             raise edm.RunError(f"--subsample {args.subsample} leaves {count} of {len(real)} transitions")
-        real = real[np.random.default_rng(args.diffusion_seed).choice(len(real), count, replace=False)]
+        chosen = np.random.default_rng(args.diffusion_seed).choice(len(real), count, replace=False)
+        real, starts = real[chosen], starts[chosen]
     if args.data == "mixed":
         args.num_samples = len(real)  # whatever was asked for
     edm.resolve(args, len(real), args.env)
@@ -460,7 +460,7 @@ def main(args):
     synthetic_path = Path(args.synthetic_path or run_dir / "synthetic.npz")
     rows = real if args.data == "real" else None
     if rows is None and (args.synthetic_path or synthetic_path.exists()):
-        rows = load(synthetic_path)[: args.num_samples]
+        rows = edm.pack(**edm.load_transitions(synthetic_path, sizes=(obs_dim, act_dim)))[: args.num_samples]
         if args.data == "mixed" and len(rows) < len(real):
             raise edm.RunError(f"--data mixed needs {len(real)} generated rows, and {synthetic_path} has {len(rows)}")
 
@@ -498,7 +498,7 @@ def main(args):
     # --- SynthER: train a diffusion model on the real transitions and generate new ones ---
     if rows is None:
         saving = dict(saved=saved, save=save, save_every=args.checkpoint_every)
-        model = edm.train_edm(real, args, obs_dim=obs_dim, raw_columns=[-1], device=args.device, log=log, **saving)
+        model = edm.train_edm(real, args, starts=starts, raw_columns=[-1], device=args.device, log=log, **saving)
         edm.save_edm(run_dir / "diffusion.pt", model)
         sampling_time = time.time()
         rows = edm.generate_transitions(model, real, args)

@@ -527,12 +527,17 @@ def test_rows_that_begin_an_episode_are_repeated():
     states = torch.arange(1_000.0)
     rows = torch.stack([states, states, states, states + 1, torch.zeros(1_000)], dim=1)  # s, a, r, s', d
     rows[399, 3], rows[700, 4] = -1, 1
-    expected = torch.cat([rows] + 6 * [rows[[0, 400, 701]]])  # seven of each: 21 of 1,018
-    assert torch.equal(edm.repeat_starts(rows, 1), expected)
-    shuffled = rows[torch.randperm(1_000, generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(edm.repeat_starts(shuffled, 1), shuffled)
-    for learned, recipe, obs_dim in ((expected, "fast", 1), (rows, "fast", None), (rows, "paper", 1)):
-        model = edm.train_edm(rows, diffusion_args(steps=1, recipe=recipe), obs_dim=obs_dim)
+    starts = edm.episode_starts(rows, 1)
+    assert starts.nonzero().flatten().tolist() == [0, 400, 701]
+    repeated = torch.cat([rows] + 6 * [rows[[0, 400, 701]]])  # seven of each: 21 of 1,018
+    for learned, recipe, mask in (
+        (repeated, "fast", starts),
+        (rows, "fast", None),
+        (rows, "fast", starts & False),
+        (rows, "fast", states % 20 == 0),
+        (rows, "paper", starts),
+    ):
+        model = edm.train_edm(rows, diffusion_args(steps=1, recipe=recipe), starts=mask)
         assert torch.equal(model.mean, learned.mean(0))
 
 

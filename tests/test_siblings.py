@@ -340,6 +340,64 @@ def test_minari_dataset_runs(tmp_path, monkeypatch, capsys, script):
         assert np.isnan(f["normalized_scores"]).all()
 
 
+@offline
+def test_rows_that_begin_episodes_are_told_in_a_subset(tmp_path, monkeypatch, script):
+    """They are found before the subset is drawn, when each row still follows the one before it."""
+    states = np.arange(300.0)
+    data = dict(zip(edm.KEYS, (states[:, None], np.zeros((300, 1)), np.zeros(300), states[:, None] + 1, states < 0)))
+    data["next_observations"][9::10] = -1  # ends of episodes of ten rows, by a time limit
+    seen = []
+    monkeypatch.setattr(edm, "train_edm", lambda rows, args, *, starts, **_: seen.append((rows, starts)) or 1 / 0)
+    for subsample in (None, 200):
+        with pytest.raises(ZeroDivisionError):
+            options = dict(env="robot", dataset_path=write(tmp_path / "data.npz", data), eval_episodes=0)
+            run(script, tmp_path / str(subsample), subsample=subsample, device="cpu", **options)
+    for rows, starts in seen:
+        assert torch.equal(starts, rows[:, 0] % 10 == 0) and 15 < starts.sum() <= 30
+
+
+@offline
+def test_robot_without_environment(tmp_path, script):
+    """With --eval-episodes 0 sizes and the action bound are the data's, and an agent comes of it."""
+    path = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 200))  # actions in +-2
+    folder = run(script, tmp_path / "runs", env="my-robot", dataset_path=path, **TINY | dict(eval_episodes=0))
+    agent = edm.load_file(folder / "checkpoint.pt")["agent"]
+    assert agent["actor.net.0.weight"].shape[1] == 3 and not (folder / "learning_curve.png").exists()
+
+
+class Endless(gym.Env):
+    """An environment that never ends; or that fails, if `broken`."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-0.5, 0.5, (1,))
+
+    def __init__(self, broken=False):
+        self.broken = broken
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1 / (not self.broken), False, False, {}
+
+
+@pytest.mark.parametrize("script", [synther_td3bc, synther_sac_online])
+def test_environment_without_time_limit_or_that_fails(monkeypatch, script):
+    monkeypatch.setitem(gym.registry, "Endless-v0", gym.envs.registration.EnvSpec("Endless-v0", Endless))
+    with pytest.warns(UserWarning, match="Endless-v0 has no time limit: its episodes end after 1,000 steps"):
+        env = script.make_env("Endless-v0")
+    assert env.spec.max_episode_steps == 1_000
+    assert script.evaluate(lambda obs: torch.zeros(len(obs), 1), [env], seed=0) == 1_000
+    gym.registry["Endless-v0"].kwargs = dict(broken=True)
+    with pytest.raises(edm.RunError, match="cannot make the environment Endless-v0: division by zero"):
+        script.make_env("Endless-v0")
+
+
+def test_actions_beyond_the_bound_are_named(tmp_path, capsys):
+    path = write(tmp_path / "data.npz", transitions(100, act_dim=1) | {"actions": np.full((100, 1), 2.1)})
+    run(synther_td3bc, tmp_path, env="Pendulum-v1", dataset_path=path, **TINY | dict(data="real"))
+    assert "the data have actions beyond +-2.0, the bound of Pendulum-v1" in capsys.readouterr().err
+
+
 # --- Runs that were stopped -------------------------------------------------------------------------------------------
 
 RESUMED = dict(
@@ -385,7 +443,7 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
 BAD_COMMANDS = {
     "unknown dataset walker3d-medium-v2|cannot make the environment walker3d": dict(env="walker3d-medium-v2"),
     "cannot make the environment NoSuch-v0": dict(env="NoSuch-v0"),
-    "has .3, 1. observation and action dimensions, Hopper-v4 .11, 3.": dict(env="Hopper-v4"),
+    "has .3, 1. observation and action dimensions, not .11, 3.": dict(env="Hopper-v4"),
     "--dataset-path needs --env": dict(env="quickstart"),
     "No such file|cannot read": dict(dataset_path="nothing.npz"),
     "NaN": dict(dataset_path="bad.npz"),

@@ -369,7 +369,7 @@ def test_run_folder_and_log(tmp_path, capsys):
         assert final["steps"].tolist() == [0, 50, 100, 130]
         np.testing.assert_allclose(final["normalized_scores"], final["returns"] / 10)
     model = edm.load_edm(folder / "diffusion.pt")
-    assert model.dim == 6 + 2 + 1 + 6 and (model.mean[8], model.std[8]) == (0, 1) and (model.std[:8] != 1).all()
+    assert len(model.mean) == 6 + 2 + 1 + 6 and (model.mean[8], model.std[8]) == (0, 1) and (model.std[:8] != 1).all()
     assert not edm.load_transitions(folder / "synthetic.npz")["terminals"].any()
 
 
@@ -378,7 +378,7 @@ def test_updates_and_their_batches(tmp_path, monkeypatch):
     updates, update = [], SAC.update
 
     def generate(model, num_samples, args):
-        rows = torch.full((num_samples, model.dim), 1e3 + args.diffusion_seed)
+        rows = torch.full((num_samples, len(model.mean)), 1e3 + args.diffusion_seed)
         rows[:, -1] = torch.linspace(0, 1, num_samples)
         return rows
 

@@ -34,7 +34,7 @@ LINES += [("paper's SDE, 128 steps, another seed", edm.sample_sde, 128, 1)]
 def generate_with(model, sample, num_steps, num_samples, seed):
     """num_samples rows by `sample(denoise, x, sigmas)`, and the network calls per row."""
     torch.manual_seed(seed)
-    rows, calls = torch.empty(num_samples, model.dim), 0
+    rows, calls = torch.empty(num_samples, len(model.mean)), 0
 
     def denoise(x, sigma):
         nonlocal calls

@@ -15,10 +15,11 @@ Section, Table, Figure: the SynthER paper's. Karras: arXiv 2206.00364.
 """
 
 import copy
-import functools
 import hashlib
 import math
 import os
+import signal
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 if not torch.cuda.is_available():
-    # For all of PyTorch: let oneDNN multiply float32 matrices, which is twice as fast on AMD with AVX-512. PyTorch asks
-    # oneDNN only where rounding to bfloat16 is allowed. Most CPUs do not round then; Intel's AMX does, so test it.
+    # For all of PyTorch: let oneDNN multiply float32 matrices, which is twice as fast on AMD with AVX-512. PyTorch does
+    # where rounding to bfloat16 is allowed. Most CPUs do not round then; Intel's AMX does, so test it.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if (torch.full((512, 512), 1 + 2**-12) @ torch.ones(512, 512) != 512 * (1 + 2**-12)).any():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -136,11 +137,9 @@ def geglu(x):
 
 class Denoiser(nn.Module):
     """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Section 3.1, Appendix B.2).
-
     width, depth and rff_dim are Table 8's. Without `residual` it is the plain MLP of Table 10. time_dim is the size of
     the embeddings of row and noise level: 128 offline, 256 online. Ours: `gated` units, and `waves` sines and cosines
-    of each input, because the network alone is too smooth for the edges in the data.
-    """
+    of each input, because the network alone is too smooth for the edges in the data."""
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, rff_dim=16, gated=False, waves=0):
         super().__init__()
@@ -193,13 +192,12 @@ class EDM(nn.Module):
         self.register_buffer("knots", torch.zeros(dim, knots))  # ... and what they are normalised to
 
     def fit_normalizer(self, rows, raw_columns=()):
-        """Standardise the columns of rows [num_rows, dim], except the `raw_columns`, such as terminals. 1e-5 is added
-        to each standard deviation, so that none is 0. With knots, the result is 0.8 times this plus 0.2 times the rank,
-        as a normal quantile. A value that many rows share, such as a limit, becomes an interval in which each row gets
-        a random place, and what is unnormalised stays in the range of these rows."""
+        """Standardise the columns of rows [num_rows, dim], except the `raw_columns`. With knots, the result is 0.8
+        times this plus 0.2 times the rank, as a normal quantile. A value that many rows share, such as a limit, becomes
+        an interval where each row gets a random place, and what is unnormalised stays in the range of the rows."""
         raw, num_knots = list(raw_columns), self.knots.shape[1]
         std, mean = torch.std_mean(rows, dim=0)
-        self.std[:], self.mean[:] = std + 1e-5, mean
+        self.std[:], self.mean[:] = std + 1e-5, mean  # 1e-5: no column is divided by 0
         self.std[raw], self.mean[raw] = 1.0, 0.0
         if num_knots:
             ranks = np.linspace(0, len(rows) - 1, num_knots).round().astype(int)
@@ -238,8 +236,7 @@ class EDM(nn.Module):
         return denoised.clamp(self.knots[:, 0], self.knots[:, -1]) if self.knots.numel() else denoised
 
     def loss(self, x):
-        """Weighted denoising error of normalised rows x [batch, dim], one noise level per row (Karras, Equation 8). The
-        paper's Equation 2 leaves out the weight; its code has it."""
+        """Weighted error of denoising normalised rows x [batch, dim], a noise level for each (Karras, Equation 8)."""
         sigma = (self.P_MEAN + self.P_STD * torch.randn(len(x), 1, device=x.device)).exp()
         denoised = self(x + sigma * torch.randn_like(x), sigma)
         weight = (sigma**2 + 1) / sigma**2
@@ -298,16 +295,30 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
 
 
 class Bar(tqdm):
-    """A progress bar. Where the output is no terminal, a plain line every half minute."""
+    """A progress bar. Where the output is no terminal, a line every half minute. For `stop` see `on_signal`."""
+
+    display = tqdm.display if sys.stderr.isatty() else lambda self, *_, **__: print(self, file=sys.stderr, flush=True)
+    stop = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, mininterval=0.5 if sys.stderr.isatty() else 30, maxinterval=30, **kwargs)
 
-    def display(self, msg=None, pos=None):
-        if sys.stderr.isatty():
-            super().display(msg, pos)
-        else:
-            print(self, file=sys.stderr, flush=True)
+    def __iter__(self):
+        for item in super().__iter__():
+            yield item
+            if Bar.stop:
+                sys.exit(Bar.stop)
+
+
+def on_signal(message):
+    """From now on a Bar's loop ends at Ctrl-C or SIGTERM: it finishes its step, may save, exits with this message."""
+
+    def stop(number, _):
+        Bar.stop = message
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def save_atomically(path, write):
@@ -343,7 +354,7 @@ def load_edm(path, device="cpu"):
     return model.requires_grad_(False)
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+# --- Training and generation ------------------------------------------------------------------------------------------
 
 # A decorator: torch's generators are seeded inside the function, and are afterwards as they were before it.
 own_randomness = torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else [])
@@ -391,8 +402,7 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
               saved=None, save=None, save_every=10_000, log=lambda *_: None):  # fmt: skip
     """Train a diffusion model on rows (Appendix B.2, Table 8) and return the moving average of its weights.
 
-    Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1. The paper's recipe averages the weights
-    every 10 steps with a decay of 0.995. The fast one lowers it, so that it spans the same share of its fewer steps.
+    Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1, an average of the weights every 10 steps.
     RunError where the loss is not finite, or `saved` is of another configuration or other data.
 
     Args:
@@ -411,7 +421,7 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
     steps, is_paper = args.diffusion_steps, args.diffusion_recipe == "paper"
     if starts is not None and not is_paper:  # an agent meets one in each episode, a network that sees few makes none
         rows = torch.cat([rows] + [rows[starts]] * (round(0.02 * len(rows) / max(starts.sum().item(), 1)) - 1))
-    beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # at 100,000 steps both are 0.995
+    beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # the same share of fewer steps
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
     ours = dict(gated=True, waves=3, guided=True, time_dim=args.diffusion_width, knots=min(1_000, len(rows)))
@@ -460,43 +470,35 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             log(done, {"diffusion/loss": loss})
             loss_sum.zero_()
-        if save and (done % save_every == 0 or done == steps):
+        if save and (done % save_every == 0 or done == steps or bar.stop):
             state = dict(stage="diffusion", settings=settings, step=done, loss_sum=loss_sum)
             state |= dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
             save(state | dict(rng=generator(device).get_state()))
     return ema
 
 
-# --- Generation -------------------------------------------------------------------------------------------------------
-
-
 @own_randomness
 @torch.no_grad()
 def generate(model, num_samples, args=DiffusionArgs()):
-    """Draw new rows from a trained model, on the device that it is on. RunError where one holds NaN.
-
-    Returns: float32 [num_samples, dim] on the CPU, in raw units. Those of the fast recipe are in the range of the data.
-    """
+    """Draw new rows from a trained model, on the device that it is on: float32 [num_samples, dim] on the CPU, in raw
+    units. Those of the fast recipe are in the range of the data. RunError where one holds NaN."""
     device, args = model.mean.device, resolve(copy.copy(args), 0)
     batch_size = args.sample_batch_size or (100_000 if device.type == "cuda" else 2_000)
-    sample = sample_sde if args.sampler == "sde" else functools.partial(sample_dpmpp, eta=int(model.knots.numel() > 0))
+    sample = sample_sde if args.sampler == "sde" else lambda *x: sample_dpmpp(*x, eta=int(model.knots.numel() > 0))
     sigmas = karras_sigmas(args.sample_steps)
     torch.manual_seed(args.diffusion_seed)
     rows = torch.empty(num_samples, len(model.mean))
-    with Bar(desc="sampling", total=num_samples, unit="row") as bar:
-        for part in rows.split(batch_size):
-            x = sigmas[0].item() * torch.randn(part.shape, device=device)
-            part.copy_(model.unnormalize(sample(model.denoise, x, sigmas)))
-            if not part.isfinite().all():
-                raise RunError("generated rows hold NaN or Inf: the diffusion model has diverged")
-            bar.update(len(part))
+    for part in Bar(rows.split(batch_size), "sampling", unit="row", unit_scale=batch_size):
+        x = sigmas[0].item() * torch.randn(part.shape, device=device)
+        part.copy_(model.unnormalize(sample(model.denoise, x, sigmas)))
+        if not part.isfinite().all():
+            raise RunError("generated rows hold NaN or Inf: the diffusion model has diverged")
     return rows
 
 
 def generate_transitions(model, real, args):
-    """`generate` args.num_samples rows [s, a, r, s', d] like `real` [N, dim], with terminals that are 0 or 1. args are
-    as `resolve` fills them. The decision tree is ours: the diffusion model misses most terminals where they are rare,
-    and a tree finds limits of s' exactly."""
+    """`generate` args.num_samples rows [s, a, r, s', d] like `real` [N, dim], with terminals 0 or 1; args as `resolve`
+    fills them. The decision tree is ours: it finds limits of s' exactly, where the model misses most rare terminals."""
     rows = generate(model, args.num_samples, args)
     rows[:, -1] = rows[:, -1] > 0.5
     if args.terminals == "classifier":
@@ -569,11 +571,11 @@ def c2st(real, synthetic, max_rows=15_000):
 
 @own_randomness
 def quality_report(real, synthetic):
-    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
-    marginal and correlation are Table 1's, of at most 100,000 generated rows. terminals and terminals_real are the
-    shares of rows whose last column is above 0.5. nearest is the median distance, in standardised units, from a
-    generated row to its nearest real one, nearest_real from a real row to its nearest other: copies would be much
-    nearer. c2st leaves out the last column; c2st_real is that of real rows among themselves."""
+    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers. marginal and correlation are
+    Table 1's, of at most 100,000 generated rows. terminals and terminals_real are the shares of rows whose last column
+    is above 0.5. nearest is the median distance, in standardised units, from a generated row to its nearest real one,
+    nearest_real from a real row to its nearest other: copies would be much nearer. c2st leaves out the last column;
+    c2st_real is that of real rows among themselves."""
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
@@ -595,17 +597,16 @@ def quality_report(real, synthetic):
 
 def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     """Histograms of the columns of real and generated rows (Figure 8) as a PNG. Of many columns, an even choice."""
-    names = [f"s[{i}]" for i in range(obs_dim)] + [f"a[{i}]" for i in range(act_dim)] + ["r"]
-    names += [f"s'[{i}]" for i in range(obs_dim)] + ["d"]
+    sizes = {"s": obs_dim, "a": act_dim, "r": 1, "s'": obs_dim, "d": 1}
+    names = [f"{name}[{i}]" for name, size in sizes.items() for i in range(size)]
     shown = np.unique(np.linspace(0, real.shape[1] - 1, max_panels).round().astype(int))
     num_lines = math.ceil(len(shown) / 8)
     fig = Figure(figsize=(16, 1.6 * num_lines), layout="constrained")
     for i, ax in zip(shown, fig.subplots(num_lines, 8).flat):
-        x, y = real[:100_000, i], synthetic[:100_000, i]
-        low, high = np.quantile(x, [0.001, 0.999])
-        bins = np.linspace(low - 1e-3, high + 1e-3, 60)
-        for values, color in ((x, "tab:orange"), (y, "tab:blue")):
-            ax.hist(values.clamp(low, high).numpy(), bins, density=True, histtype="stepfilled", fc=color, alpha=0.6)
+        low, high = np.quantile(real[:100_000, i], [0.001, 0.999])
+        for rows, color in ((real, "tab:orange"), (synthetic, "tab:blue")):
+            values, bins = rows[:100_000, i].clamp(low, high).numpy(), np.linspace(low - 1e-3, high + 1e-3, 60)
+            ax.hist(values, bins, density=True, histtype="stepfilled", fc=color, alpha=0.6)
         ax.set(title=names[i], yticks=[])
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
@@ -624,8 +625,8 @@ for _name, _maze in {"umaze": "u-maze", "medium-play": "big-maze", "large-play":
     _file = f"Ant_maze_{_maze}_noisy_multistart_{_maze != 'u-maze'}_multigoal_False_sparse_fixed.hdf5"
     D4RL[f"antmaze-{_name}-v2"] = f"ant_maze_v2/{_file}"
 D4RL_ADDRESSES = (
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",  # locomotion and antmaze
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{folder}/{file}",
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",  # locomotion only
 )
 
 
@@ -633,31 +634,31 @@ def download_d4rl(name):
     """The path of a D4RL dataset in D4RL's own cache folder, downloaded first if it is not there."""
     folder, file = D4RL[name].split("/")
     path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / file
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     if path.exists():
         return path
-    for address in D4RL_ADDRESSES:
-        url = address.format(folder=folder, file=file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for url in [address.format(folder=folder, file=file) for address in D4RL_ADDRESSES]:
         print(f"downloading {url}", file=sys.stderr)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(60)  # seconds without an answer
             torch.hub.download_url_to_file(url, temporary)
             with h5py.File(temporary) as f:  # an error page or half a file fails here
                 f["observations"]
             os.replace(temporary, path)
             return path
         except Exception as error:  # no network, not found, broken off, ...
-            temporary.unlink(missing_ok=True)
             print(f"failed: {error}", file=sys.stderr)
-    raise RunError(f"cannot download {name}: put the file at {path}, or pass one of your own, or take `quickstart`")
+        finally:
+            socket.setdefaulttimeout(None)
+            temporary.unlink(missing_ok=True)
+    raise RunError(f"cannot download {name}: put the file at {path}, pass your own (maze_data.py) or take `quickstart`")
 
 
 def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
-    """Transitions (s, a, r, s', d) from the rows of a D4RL file, as `d4rl.qlearning_dataset` makes them.
-
-    Row i gives s' = observations[i + 1]. Rows that end an episode by its time limit have no s' and are left out, and so
-    is the last row. On *terminal* rows D4RL does the same, so s' is the first observation of the next episode. That is
-    harmless for Q-learning, which masks it, but the diffusion model learns these jumps.
+    """Transitions (s, a, r, s', d) from the rows of a D4RL file, as `d4rl.qlearning_dataset` makes them: row i has s' =
+    observations[i + 1]. Rows that end an episode by its time limit have no s' and are left out, and so is the last. In
+    terminal rows s' is the next episode's first observation. Q-learning masks it, but the diffusion model learns it.
 
     Args:
         raw: dict of arrays [N, ...] by D4RL's names; `timeouts` and `next_observations` may be missing.
@@ -760,10 +761,8 @@ class Args(DiffusionArgs):
 
 
 def main(args):
-    """Train on args.data, write args.num_samples generated transitions to args.out, print the quality report.
-
-    Beside OUT.npz stay OUT.pt, the model, and OUT.png, its histograms. OUT.checkpoint lets a stopped command go on.
-    """
+    """Train on args.data, write args.num_samples generated transitions to args.out, print the quality report. Beside
+    OUT.npz stay OUT.pt, the model, and OUT.png, its histograms. OUT.checkpoint lets a stopped command go on."""
     check_args(args)
     out = Path(args.out)
     model_path, plot_path, checkpoint = (out.with_suffix(suffix) for suffix in (".pt", ".png", ".checkpoint"))
@@ -775,6 +774,7 @@ def main(args):
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
     real = pack(**data)
     resolve(args, len(real), args.data)
+    on_signal("stopped: the same command goes on")
     saved = load_file(checkpoint, args.device) if checkpoint.exists() else None
     saving = dict(saved=saved, save=lambda state: save_atomically(checkpoint, lambda f: torch.save(state, f)))
     starts = episode_starts(real, obs_dim)

@@ -480,6 +480,7 @@ def main(args):
         raise edm.RunError(f"{checkpoint} is of other data than {args.dataset_path or args.env} has: start a new run")
     start_time -= saved["seconds"]
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {run_dir}")
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
     metrics.write("" if saved["log_size"] else "step,key,value\n")
@@ -529,8 +530,7 @@ def main(args):
     torch.manual_seed(args.seed)
     agent = IQL(obs_dim, act_dim, max_action, args)
     batch = torch.empty(args.batch_size, rows.shape[1], device=args.device)  # at a fixed place, for CUDA graphs
-    losses = torch.zeros(len(agent.LOSSES), device=args.device)
-    evaluations, start = [], 0
+    losses, evaluations, start = torch.zeros(len(agent.LOSSES), device=args.device), [], 0
     if saved["stage"] == "agent":
         agent.load_state_dict(saved["agent"])
         for name, optimizer in agent.optimizers.items():
@@ -572,7 +572,7 @@ def main(args):
             log(update, values | {"perf/seconds": time.time() - start_time})
             bar.set_postfix({key.removeprefix("eval/"): f"{value:.1f}" for key, value in values.items()}, refresh=False)
             clock += time.time() - pause  # the rate is the training's
-        if update > 0 and (update % args.checkpoint_every == 0 or update == args.updates):
+        if update > 0 and (update % args.checkpoint_every == 0 or update == args.updates or bar.stop):
             optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
             state = dict(stage="agent", update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
             state |= dict(evaluations=evaluations, obs_mean=obs_mean, obs_std=obs_std)  # the last two for users

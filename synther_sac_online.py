@@ -426,6 +426,7 @@ def main(args):
     saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(step=0, log_size=0, seconds=0)
     start_time -= saved["seconds"]
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {run_dir}")
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
     metrics.write("" if saved["log_size"] else "step,key,value\n")
@@ -567,7 +568,7 @@ def main(args):
             if args.eval_episodes:
                 evaluate_agent(step)
             clock = time.time()
-        if step % args.checkpoint_every == 0 or step == args.total_steps:
+        if step % args.checkpoint_every == 0 or step == args.total_steps or bar.stop:
             save(step)
 
     # --- Results ---

@@ -590,7 +590,7 @@ def train(stage, agent, draw, make_policy, offset, evaluations, *, env, saved, l
             log(offset + update, values | {"perf/seconds": time.time() - start_time})
             bar.set_postfix({key.removeprefix("eval/"): f"{value:.1f}" for key, value in values.items()}, refresh=False)
             clock += time.time() - pause  # the rate is the training's
-        if update > 0 and (update % args.checkpoint_every == 0 or update == updates):
+        if update > 0 and (update % args.checkpoint_every == 0 or update == updates or bar.stop):
             optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
             state = dict(stage=stage, update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
             save(state | dict(evaluations=evaluations, rng=edm.generator(args.device).get_state()))
@@ -627,6 +627,7 @@ def main(args):
     saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(stage="", log_size=0, seconds=0)
     start_time -= saved["seconds"]
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
+    edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {run_dir}")
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
     metrics.write("" if saved["log_size"] else "step,key,value\n")

@@ -28,3 +28,7 @@ def float64():
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*Overriding environment")  # each script registers its mazes
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=1, help="signals to each script in test_stops.py (default: 1)")

@@ -1,12 +1,15 @@
 """Tests of edm.py: the diffusion model against written-out formulas, analytic solutions, and itself after a restart."""
 
 import copy
+import http.server
 import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -881,57 +884,78 @@ def test_unknown_dataset(name):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A stand-in for the network and an empty cache folder. `answers` holds the bytes, or errors, that come in turn."""
-    file = Path(write(tmp_path / "on_server.hdf5", episodes(2000)))
-    server = SimpleNamespace(body=file.read_bytes(), answers=[], urls=[], folder=tmp_path / "cache")
+def mirrors(tmp_path, monkeypatch):
+    """Two mirrors on this machine. `answers` are theirs, in turn; `paths` what was asked for; `folder` the cache."""
+    body = Path(write(tmp_path / "on_server.hdf5", episodes(2000))).read_bytes()
 
-    def download_url_to_file(url, path):
-        server.urls.append(url)
-        answer = server.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        Path(path).write_bytes(answer)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            mirrors.paths.append(self.path)
+            answer = mirrors.answers.pop(0)
+            status = 404 if answer == "absent" else 200
+            content = {"error page": b"<html>moved</html>", "half a file": body[: len(body) // 2]}.get(answer, body)
+            self.send_response(status)
+            self.send_header("Content-Length", len(body) if answer == "cut off" else len(content))
+            self.end_headers()
+            if answer == "slow":
+                time.sleep(2)
+            self.wfile.write(content[: len(body) // 2] if answer == "cut off" else content)
 
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(server.folder))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download_url_to_file)
-    return server
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mirrors = SimpleNamespace(answers=[], paths=[], folder=tmp_path / "cache")
+        there, nowhere = f"http://127.0.0.1:{server.server_port}", "http://127.0.0.1:9"
+        mirrors.addresses = [f"{there}/flat/{{file}}", f"{there}/d4rl/{{folder}}/{{file}}", nowhere + "/{file}"]
+        monkeypatch.setenv("D4RL_DATASET_DIR", str(mirrors.folder))
+        monkeypatch.setattr(edm, "D4RL_ADDRESSES", mirrors.addresses[:2])
+        yield mirrors
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
-    "name, url, file",
+    "name, folder, file",
     [
-        ("walker2d-mixed-v2", "gym_mujoco_v2/walker2d_medium_replay-v2.hdf5", "walker2d_medium_replay-v2.hdf5"),
-        ("hopper-full-replay-v2", "gym_mujoco_v2/hopper_full_replay-v2.hdf5", "hopper_full_replay-v2.hdf5"),
-        ("maze2d-large-v1", "maze2d/maze2d-large-sparse-v1.hdf5", "maze2d-large-sparse-v1.hdf5"),
+        ("walker2d-mixed-v2", "gym_mujoco_v2", "walker2d_medium_replay-v2.hdf5"),
+        ("hopper-full-replay-v2", "gym_mujoco_v2", "hopper_full_replay-v2.hdf5"),
+        ("maze2d-large-v1", "maze2d", "maze2d-large-sparse-v1.hdf5"),
         *(
-            (f"antmaze-{name}-v2", f"ant_maze_v2/{file}", file)
-            for name, file in (
-                ("umaze", "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"),
-                ("medium-play", "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5"),
-                ("large-play", "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5"),
+            (f"antmaze-{name}-v2", "ant_maze_v2", f"Ant_maze_{maze}_multigoal_False_sparse_fixed.hdf5")
+            for name, maze in (
+                ("umaze", "u-maze_noisy_multistart_False"),
+                ("medium-play", "big-maze_noisy_multistart_True"),
+                ("large-play", "hardest-maze_noisy_multistart_True"),
             )
         ),
     ],
 )
-def test_download_is_cached_under_d4rls_name(server, name, url, file):
-    server.answers = [server.body]
+def test_download_is_cached_under_d4rls_name(mirrors, name, folder, file):
+    mirrors.answers = ["absent", "whole"]
     for _ in range(2):  # the second time from the cache
         assert_same_data(edm.load_transitions(name), slow_qlearning_dataset(episodes(2000)))
-    assert server.urls == [f"http://rail.eecs.berkeley.edu/datasets/offline_rl/{url}"]
-    assert [path.name for path in server.folder.iterdir()] == [file]
+    assert mirrors.paths == [f"/flat/{file}", f"/d4rl/{folder}/{file}"]
+    assert [path.name for path in mirrors.folder.iterdir()] == [file]
 
 
-@pytest.mark.parametrize("answer", [OSError("no\nnetwork"), b"<html>moved</html>", "half a file"], ids=repr)
-def test_failed_download_tries_another_address_then_names_three_ways_out(server, answer):
-    answer = server.body[: len(server.body) // 2] if answer == "half a file" else answer
-    server.answers = [answer, answer, answer, server.body]
-    path = server.folder / "hopper_medium-v2.hdf5"
-    with pytest.raises(RunError, match=rf"put the file at {path}.*one of your own.*quickstart[^\n]*\Z"):
+@pytest.mark.parametrize("answer", ["absent", "error page", "half a file", "cut off", "slow", "no server"])
+def test_failed_download_tries_another_address_then_names_three_ways_out(mirrors, monkeypatch, capsys, answer):
+    """Nothing broken is ever taken. Each failure is one line."""
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.5))
+    mirrors.answers = [answer, answer, answer, "whole"]
+    if answer == "no server":
+        mirrors.answers = ["whole"]
+        monkeypatch.setattr(edm, "D4RL_ADDRESSES", mirrors.addresses[2:])
+    path = mirrors.folder / "hopper_medium-v2.hdf5"
+    with pytest.raises(RunError, match=rf"put the file at {path}.*your own.*maze_data.*quickstart[^\n]*\Z"):
         edm.load_transitions("hopper-medium-v2")
-    assert not list(server.folder.iterdir())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("downloading", "failed"))]
+    assert [line.split()[0] for line in lines] == ["downloading", "failed:"] * len(edm.D4RL_ADDRESSES)
+    assert not list(mirrors.folder.iterdir()) and socket.getdefaulttimeout() is None
+    monkeypatch.setattr(edm, "D4RL_ADDRESSES", mirrors.addresses[:2])
     assert len(edm.load_transitions("hopper-medium-v2")["rewards"]) > 1_000
-    assert server.urls[0].split("/")[2] != server.urls[1].split("/")[2]
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------

@@ -723,8 +723,8 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
         raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
     data |= {key: data[key].reshape(-1) for key in ("rewards", "terminals", "timeouts") if key in data}
     for key, x in data.items():
-        if x.ndim == 0 or x.dtype.kind not in "fiub" or not np.isfinite(x).all():
-            raise RunError(f"{source}: {key} holds NaN or Inf, or is not numeric")
+        if x.ndim == 0 or x.dtype.kind not in "fiub" or not (np.abs(x) < np.float64(1e18)).all():
+            raise RunError(f"{source}: {key} holds NaN, Inf or numbers beyond 1e18, or is not numeric")
     shapes = {key: x.shape for key, x in data.items()}
     is_whole = len({shape[0] for shape in shapes.values()}) == 1 and [len(shapes[k]) for k in KEYS[:2]] == [2, 2]
     if not is_whole or shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
@@ -732,6 +732,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
     found = shapes["observations"][1:] + shapes["actions"][1:]
     if sizes not in (None, found):
         raise RunError(f"{source} has {found} observation and action dimensions, not {sizes}")
+    data = {key: x.astype(np.float32, copy=False) for key, x in data.items()}
     if is_hdf5 and "timeouts" not in data:
         print(f"{source} has no `timeouts`: its episodes end after {max_episode_steps} rows at most", file=sys.stderr)
     if is_hdf5:
@@ -741,7 +742,6 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
             data["next_observations"][~data["terminals"]] = own["observations"][~data["terminals"]]
     if len(data["rewards"]) < 2:
         raise RunError(f"{source} holds fewer than two transitions")
-    data = {key: x.astype(np.float32, copy=False) for key, x in data.items()}
     return data | {"terminals": data["terminals"] > 0.5}
 
 

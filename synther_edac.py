@@ -510,7 +510,7 @@ def main(args):
         edm.save_atomically(synthetic_path, lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
     if args.data != "real" and saved["stage"] != "agent":
         report = edm.quality_report(real, rows)
-        print("sample quality:", report)
+        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthese are not like the data")
         log(args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
 
     # --- Rows for the agent, states normalised by the real data's statistics ---

@@ -520,7 +520,7 @@ def main(args):
             report = edm.quality_report(real, rows)
             edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
             edm.save_atomically(run_dir / "synthetic.npz", lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
-            print("sample quality:", report)
+            print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthese are not like the data")
             log(t, values | {f"diffusion/{key}": value for key, value in report.items()})
             edm.save_edm(run_dir / "diffusion.pt", model)  # last: until here, a warm start needs the one before
             synthetic, model_step = rows.to(args.device), t

@@ -705,7 +705,7 @@ def main(args):
     if args.data == "synther" and saved["stage"] != "stage2":
         report = edm.quality_report(real, rows)
         report = {key: value for key, value in report.items() if "terminals" not in key}  # the last column is a feature
-        print("sample quality:", report)
+        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthese are not like the data")
         log(offset + args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
     print(f"the heads learn from {len(rows):,} latent transitions ({args.data}); the dataset has {len(real):,}")
     rows = rows.to(args.device)

@@ -862,6 +862,64 @@ def test_bad_arrays_end_in_one_sentence(tmp_path, suffix, what):
         edm.load_transitions(path)
 
 
+SPOILED = {
+    **{kind: lambda x, kind=kind: x.astype(kind) for kind in ("float64", "float16", "int64", "uint8", "bool", "S5")},
+    "complex": lambda x: x + 1j,
+    "another axis": lambda x: x[..., None],
+    "one axis less": lambda x: x[..., 0],
+    "one number": lambda x: x.flat[0],
+    "too short": lambda x: x[:-1],
+    "two columns": lambda x: np.stack([x, x], -1),
+    "constant": lambda x: np.ones_like(x),
+    "huge": lambda x: x * 1e17,
+    "too huge": lambda x: x.astype(np.float64) * 1e300,
+    "NaN": lambda x: np.where(np.arange(x.size).reshape(x.shape) == x.size // 2, np.nan, x),
+    "missing": lambda x: None,
+}
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    n=st.integers(0, 30),
+    suffix=st.sampled_from([".npz", ".hdf5"]),
+    changes=st.lists(st.tuples(st.sampled_from([*edm.KEYS, "timeouts"]), st.sampled_from([*SPOILED])), max_size=2),
+    true_next_obs=st.booleans(),
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::numpy.exceptions.ComplexWarning")
+def test_dirty_data_are_used_rightly_or_refused_in_one_sentence(tmp_path_factory, n, suffix, changes, true_next_obs):
+    raw = d4rl_rows(n)
+    for key, change in changes:
+        try:
+            raw[key] = SPOILED[change](raw[key])
+        except (AttributeError, IndexError, TypeError, ValueError):  # this cannot be done to it (any more)
+            pass
+    raw = {key: x for key, x in raw.items() if x is not None}
+    path = write(tmp_path_factory.getbasetemp() / f"dirty{suffix}", raw)
+    try:
+        data = edm.load_transitions(path, true_next_obs)
+    except RunError as error:
+        assert "\n" not in str(error)
+        assert changes or n < 6 or (n < 30 and len(slow_qlearning_dataset(raw)["rewards"]) < 2)
+        return
+    finally:
+        os.remove(path)
+    expected = raw
+    if suffix == ".hdf5":
+        raw |= {key: x.reshape(n) > 0.5 for key, x in raw.items() if key in ("terminals", "timeouts")}
+        expected = slow_qlearning_dataset(raw, true_next_obs)
+        if "next_observations" in raw:  # what the file says, but for D4RL's s' of terminal rows
+            own = slow_qlearning_dataset(raw | {"observations": raw["next_observations"]}, true_next_obs)
+            choice = zip(expected["terminals"], expected["next_observations"], own["observations"])
+            expected["next_observations"] = [d4rls if terminal else s for terminal, d4rls, s in choice]
+    else:
+        expected = raw | {"terminals": np.asarray(raw["terminals"]) > 0.5}
+    assert_same_data(data, expected)
+    rows = edm.pack(**data)
+    model = edm.train_edm(rows, diffusion_args(steps=2), raw_columns=[-1], starts=edm.episode_starts(rows, 3))
+    args = edm.resolve(DiffusionArgs(num_samples=20, sample_steps=3, terminals="classifier"), len(rows))
+    edm.quality_report(rows, edm.generate_transitions(model, rows, args))
+
+
 @pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "another format", "a folder"])
 def test_unreadable_file_ends_in_one_sentence(tmp_path, suffix, damage):

@@ -48,8 +48,8 @@ import edm
 class Args(edm.DiffusionArgs):
     env: str = "walker-walk-expert"
     """task and level: walker-walk or cheetah-run, then -random, -mixed, -medium, -medexp or -expert"""
-    dataset_path: str = "vd4rl_data"
-    """the folder that holds V-D4RL's main/"""
+    dataset_path: Optional[str] = None
+    """the folder that holds V-D4RL's main/ (default: downloaded, into Hugging Face's cache)"""
     agent_path: Optional[str] = None
     """run folder whose stage-1 agent (agent.pt, of the same env, algo and feature_dim) to use instead of a new one"""
     seed: int = 0
@@ -261,27 +261,31 @@ LEVELS = dict(random="random", mixed="medium_replay", medium="medium", medexp="m
 
 
 def find_files(args):
-    """The dataset's files, sorted: 84px/*.hdf5, or else 64px/*.npz. Raises RunError if there are neither."""
+    """The dataset's files, sorted: 84px/*.hdf5, or else 64px/*.npz. Downloads them without args.dataset_path. Raises
+    RunError if there are none."""
     match = re.fullmatch(r"(walker-walk|cheetah-run)-(\w+)", args.env)
     if not match or match[2] not in LEVELS:
-        raise edm.RunError(
-            f"unknown dataset {args.env}: give walker-walk or cheetah-run, then one of -{', -'.join(LEVELS)}"
-        )
-    folder = Path(args.dataset_path) / "main" / match[1].replace("-", "_") / LEVELS[match[2]]
+        raise edm.RunError(f"unknown dataset {args.env}: give walker-walk or cheetah-run, then -{', -'.join(LEVELS)}")
+    part = Path("main", match[1].replace("-", "_"), LEVELS[match[2]])
+    if args.dataset_path is None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot = snapshot_download("conglu/vd4rl", repo_type="dataset", allow_patterns=f"vd4rl/{part}/84px/*")
+        except Exception as error:  # no network, ...
+            cause = " ".join(str(error).split())
+            raise edm.RunError(f"cannot download V-D4RL (tests/paper/vd4rl_data.py makes small sets): {cause}") from None
+        args.dataset_path = f"{snapshot}/vd4rl"
+    folder = Path(args.dataset_path) / part
     files = sorted((folder / "84px").glob("*.hdf5")) or sorted((folder / "64px").glob("*.npz"))
     if not files:
-        raise edm.RunError(
-            f"no 84px/*.hdf5 or 64px/*.npz in {folder}: --dataset-path names the folder that holds V-D4RL's main/ "
-            "(https://github.com/conglu1997/v-d4rl), or tests/paper/vd4rl_data.py makes a small one"
-        )
+        raise edm.RunError(f"no 84px/*.hdf5 or 64px/*.npz in {folder}; --dataset-path holds V-D4RL's main/")
     return files
 
 
 def read_file(path, frames):
-    """Read one file's images into `frames` [N, 3, 84, 84] uint8. Returns its action, reward, discount, is_first.
-
-    Images of 64 x 64 are enlarged (cubic interpolation, as V-D4RL's conversion does).
-    """
+    """Read one file's images into `frames` [N, 3, 84, 84] uint8. Returns its action, reward, discount, is_first. Images
+    of 64 x 64 are enlarged (cubic interpolation, as V-D4RL's conversion does)."""
     is_npz = path.suffix == ".npz"  # one episode, [501, 64, 64, 3]
     with np.load(path) if is_npz else h5py.File(path, "r") as f:
         images = f["image" if is_npz else "observation"]
@@ -298,7 +302,7 @@ def read_file(path, frames):
 
 
 def load_dataset(files, args):
-    """All images, and the n-step transitions between them.
+    """All images, and the n-step transitions between them. RunError where the files are not V-D4RL's.
 
     Returns: dict of tensors
         frames [N, 3, 84, 84] uint8: the images of all episodes, one after the other.
@@ -306,9 +310,6 @@ def load_dataset(files, args):
         start [M]: the row of the first image of the transition's episode.
         action [M, act_dim], reward [M], discount [M]: float32; the sum of nstep discounted rewards, and what is left of
             the discount after them.
-
-    Raises:
-        RunError: the files are not V-D4RL's.
     """
     counts, read = [], []
     try:
@@ -467,11 +468,8 @@ def make_env(task):
 # Differs from synther_td3bc.evaluate: one environment, whose images are kept for a picture
 @torch.no_grad()
 def evaluate(policy, env, episodes, seed):
-    """Returns of some episodes, and the images of the first, a list of [3, 84, 84].
-
-    `policy` maps images [1, 9, 84, 84], a CPU tensor of bytes, to actions [1, act_dim]. Episode i begins with seed + i,
-    the same at every evaluation.
-    """
+    """Returns of some episodes, and the images of the first, a list of [3, 84, 84]. `policy` maps images
+    [1, 9, 84, 84], a CPU tensor of bytes, to actions [1, act_dim]. Episode i begins with seed + i, as elsewhere."""
     returns, film = np.zeros(episodes), []
     for i in range(episodes):
         images, ended = env.reset(seed + i), False

@@ -144,6 +144,23 @@ def test_bad_files(tmp_path, message):
     assert "\n" not in str(error.value)
 
 
+def test_dataset_is_downloaded_by_default(tmp_path, monkeypatch):
+    make_files(tmp_path / "snapshot/vd4rl", np.array([8]))
+    asked = []
+
+    def snapshot_download(repo, **options):
+        asked.append((repo, *options.values()))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (file,) = synther_vd4rl.find_files(args := Args())
+    assert asked == [("conglu/vd4rl", "dataset", "vd4rl/main/walker_walk/expert/84px/*")]
+    assert file.is_file() and synther_vd4rl.find_files(args) == [file] and len(asked) == 1  # the path is kept
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(edm.RunError, match="cannot download V-D4RL .tests/paper/vd4rl_data.py.*division by zero"):
+        synther_vd4rl.find_files(Args())
+
+
 def test_random_shift_keeps_a_stack_together():
     """Each stack moves as one, by up to 4 pixels each way. What comes in repeats the border."""
     torch.manual_seed(0)

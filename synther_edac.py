@@ -489,8 +489,7 @@ def main(args):
         wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
-        for key, value in values.items():
-            print(step, key, float(value), sep=",", file=metrics)
+        metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
             wandb.log(values | {"step": step})
 

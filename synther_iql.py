@@ -492,8 +492,7 @@ def main(args):
         wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
-        for key, value in values.items():
-            print(step, key, float(value), sep=",", file=metrics)
+        metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
             wandb.log(values | {"step": step})
 
@@ -521,6 +520,7 @@ def main(args):
         rows = torch.cat([real, rows])
     print(f"the agent learns from {len(rows):,} transitions ({args.data}); the dataset has {len(real):,}")
     obs_mean, obs_std = real[:, :obs_dim].mean(0), real[:, :obs_dim].std(0, unbiased=False) + 1e-3
+    obs_std[obs_std < 1.001e-3] = 1  # of constant columns, which may vary in the environment
     for states in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # in place: with --data real, in `real` too
         states.sub_(obs_mean).div_(obs_std)
     rows[:, obs_dim + act_dim] *= scale

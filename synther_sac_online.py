@@ -438,8 +438,7 @@ def main(args):
         wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: environment steps, for all of them
-        for key, value in values.items():
-            print(step, key, float(value), sep=",", file=metrics)
+        metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
             wandb.log(values | {"step": step})
 

@@ -274,7 +274,7 @@ def find_files(args):
             snapshot = snapshot_download("conglu/vd4rl", repo_type="dataset", allow_patterns=f"vd4rl/{part}/84px/*")
         except Exception as error:  # no network, ...
             cause = " ".join(str(error).split())
-            raise edm.RunError(f"cannot download V-D4RL (tests/paper/vd4rl_data.py makes small sets): {cause}") from None
+            raise edm.RunError(f"cannot download V-D4RL (tests/paper/vd4rl_data.py makes a set): {cause}") from None
         args.dataset_path = f"{snapshot}/vd4rl"
     folder = Path(args.dataset_path) / part
     files = sorted((folder / "84px").glob("*.hdf5")) or sorted((folder / "64px").glob("*.npz"))
@@ -637,8 +637,7 @@ def main(args):
         wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
-        for key, value in values.items():
-            print(step, key, float(value), sep=",", file=metrics)
+        metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
             wandb.log(values | {"step": step})
 

@@ -365,6 +365,19 @@ def test_robot_without_environment(tmp_path, script):
     assert agent["actor.net.0.weight"].shape[1] == 3 and not (folder / "learning_curve.png").exists()
 
 
+@pytest.mark.parametrize("script", [synther_td3bc, synther_iql])
+def test_constant_column_may_vary_in_the_environment(tmp_path, script):
+    """It is not divided by almost nothing, so that an agent that meets another value there can act on it."""
+    data = transitions(100, act_dim=1)
+    data["observations"][:, 1] = 1e4
+    path = write(tmp_path / "data.npz", data)
+    options = TINY | dict(env="robot", data="real", updates=2, eval_episodes=0)
+    saved = edm.load_file(run(script, tmp_path, dataset_path=path, **options) / "checkpoint.pt")
+    expected = data["observations"].std(0) + 1e-3
+    expected[1] = 1
+    np.testing.assert_allclose(saved["obs_std"], expected, rtol=1e-5)
+
+
 class Endless(gym.Env):
     """An environment that never ends; or that fails, if `broken`."""
 

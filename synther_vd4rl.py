@@ -18,6 +18,7 @@ without it, `python tests/paper/vd4rl_data.py` renders a small dataset of the sa
 
 import copy
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -273,8 +274,7 @@ def find_files(args):
         try:
             snapshot = snapshot_download("conglu/vd4rl", repo_type="dataset", allow_patterns=f"vd4rl/{part}/84px/*")
         except Exception as error:  # no network, ...
-            cause = " ".join(str(error).split())
-            raise edm.RunError(f"cannot download V-D4RL (tests/paper/vd4rl_data.py makes a set): {cause}") from None
+            raise edm.RunError(f"cannot download V-D4RL (tests/paper/vd4rl_data.py makes a set): {error!r}") from None
         args.dataset_path = f"{snapshot}/vd4rl"
     folder = Path(args.dataset_path) / part
     files = sorted((folder / "84px").glob("*.hdf5")) or sorted((folder / "64px").glob("*.npz"))
@@ -622,7 +622,10 @@ def main(args):
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     checkpoint = run_dir / "checkpoint.pt"
+    data_hash = hashlib.sha256(torch.cat([data["action"], data["reward"][:, None]], dim=1).numpy()).hexdigest()
     saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(stage="", log_size=0, seconds=0)
+    if saved.get("data", data_hash) != data_hash:
+        raise edm.RunError(f"{checkpoint} is of other data than {args.dataset_path} has: start a new run")
     start_time -= saved["seconds"]
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
     edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {run_dir}")
@@ -642,7 +645,7 @@ def main(args):
             wandb.log(values | {"step": step})
 
     def save(state):
-        state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time)
+        state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time, data=data_hash)
         edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
 
     # --- Stage 1: from images ---

@@ -526,7 +526,7 @@ def test_made_dataset_can_be_loaded(tmp_path):
         vd4rl_data.main(vd4rl_data.Args(out=str(tmp_path)))
 
 
-def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, vd4rl):
+def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     """Every moment at which a file is replaced, in all stages: a run that ended there goes on to the same numbers."""
     with monkeypatch.context() as patch:
         copy_before_writes(patch, tmp_path / "killed")
@@ -548,6 +548,12 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, vd4rl):
             assert_same_state(*states, f"{folder.name}/{name}")
         a, b = ([item for item in read_metrics(f).items() if "perf/" not in item[0][1]] for f in (folder, whole))
         np.testing.assert_equal(a, b)  # in the same order
+    make_files(tmp_path / "other", np.array([8, 8, 7]))
+    settings = json.loads((killed[1] / "args.json").read_text()) | dict(dataset_path=str(tmp_path / "other"))
+    (killed[1] / "args.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, synther_vd4rl, resume=killed[1])
+    assert "checkpoint.pt is of other data than" in capsys.readouterr().err
 
 
 BAD_COMMANDS = {

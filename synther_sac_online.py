@@ -288,9 +288,9 @@ def make_env(name):
         else:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
                 env = gym.make(name, disable_env_checker=True)
-        if env.spec.max_episode_steps is None:
-            warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
-            env = gym.wrappers.TimeLimit(env, 1_000)
+            if env.spec.max_episode_steps is None:
+                warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
+                env = gym.wrappers.TimeLimit(env, 1_000)
         env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here, such as a renderer
     except Exception as error:  # an environment can fail in any way
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None

@@ -293,7 +293,8 @@ def make_env(name):
                 env = gym.wrappers.TimeLimit(env, 1_000)
         env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here, such as a renderer
     except Exception as error:  # an environment can fail in any way
-        raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from None
+        hint = " (if it must render: set MUJOCO_GL to egl or osmesa)" if name.startswith("dmc/") else ""
+        raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
     if not (is_flat and a.dtype.kind == "f" and (a.low < a.high).all() and max(*-a.low, *a.high) < 1e9):

@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 if not torch.cuda.is_available():
-    # For all of PyTorch: let oneDNN multiply float32 matrices, which is twice as fast on AMD with AVX-512. PyTorch does
-    # where rounding to bfloat16 is allowed. Most CPUs do not round then; Intel's AMX does, so test it.
+    # Let oneDNN multiply all float32 matrices in PyTorch: twice as fast on AMD with AVX-512. PyTorch uses it only if
+    # rounding to bfloat16 is allowed. Most CPUs still do not round then. Intel's AMX does, so test it.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if (torch.full((512, 512), 1 + 2**-12) @ torch.ones(512, 512) != 512 * (1 + 2**-12)).any():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -371,7 +371,7 @@ def cosine_lr(lr, step, steps):
 
 
 def ema_decay(step, beta):
-    """The weight of the old average at this step, from 0 on, as in ema-pytorch, which counts from 1 and so has 100."""
+    """The weight of the old average, as in ema-pytorch, whose first step is 1 where ours is 0."""
     return min(beta, 1 - (step - 99) ** (-2 / 3)) if step > 100 else 0.0
 
 
@@ -419,9 +419,9 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
     settings["rows"] = hashlib.sha256(rows.cpu().contiguous().numpy()).hexdigest()
     steps, is_paper = args.diffusion_steps, args.diffusion_recipe == "paper"
-    if starts is not None and not is_paper:  # an agent meets one in each episode, a network that sees few makes none
+    if starts is not None and not is_paper:  # each episode needs one; where they are rare, none are generated
         rows = torch.cat([rows] + [rows[starts]] * (round(0.02 * len(rows) / max(starts.sum().item(), 1)) - 1))
-    beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # the same share of fewer steps
+    beta = 0.995 if is_paper else max(1 - 500 / steps, 0.0)  # over the same share of the training
     torch.manual_seed(args.diffusion_seed)
     sizes = dict(width=args.diffusion_width, depth=args.diffusion_depth, residual=args.diffusion_residual)
     ours = dict(gated=True, waves=3, guided=True, time_dim=args.diffusion_width, knots=min(1_000, len(rows)))
@@ -437,7 +437,7 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
     loss_sum, start = torch.zeros((), device=device), 0
     if saved and saved["stage"] == "diffusion":
         if saved["settings"] != settings:
-            raise RunError("the checkpoint is of another configuration or other data; delete it to start over")
+            raise RunError("the checkpoint (checkpoint.pt or OUT.checkpoint) is of other options or data: delete it")
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
             part.load_state_dict(saved[name])
         start = saved["step"]
@@ -488,7 +488,7 @@ def generate(model, num_samples, args=DiffusionArgs()):
     sigmas = karras_sigmas(args.sample_steps)
     torch.manual_seed(args.diffusion_seed)
     rows = torch.empty(num_samples, len(model.mean))
-    for part in Bar(rows.split(batch_size), "sampling", unit="row", unit_scale=batch_size):
+    for part in Bar(rows.split(batch_size), f"sampling, {batch_size:,} rows at a time"):
         x = sigmas[0].item() * torch.randn(part.shape, device=device)
         part.copy_(model.unnormalize(sample(model.denoise, x, sigmas)))
         if not part.isfinite().all():
@@ -529,7 +529,7 @@ def unpack(rows, obs_dim, act_dim):
 
 def episode_starts(rows, obs_dim):
     """Which rows begin an episode, a mask [N] of rows [N, dim] in their order: those where s is not the s' of the row
-    before, or that row is terminal. In rows of random order nearly all seem to."""
+    before, or that row is terminal. Where the rows are in random order, nearly every one is marked."""
     follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
     return torch.cat([follows.new_ones(1), ~follows])
 
@@ -652,7 +652,7 @@ def download_d4rl(name):
         finally:
             socket.setdefaulttimeout(None)
             temporary.unlink(missing_ok=True)
-    raise RunError(f"cannot download {name}: put the file at {path}, pass your own (maze_data.py) or take `quickstart`")
+    raise RunError(f"cannot download {name}: put the file at {path}, take your own (see maze_data.py) or `quickstart`")
 
 
 def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
@@ -728,7 +728,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
     shapes = {key: x.shape for key, x in data.items()}
     is_whole = len({shape[0] for shape in shapes.values()}) == 1 and [len(shapes[k]) for k in KEYS[:2]] == [2, 2]
     if not is_whole or shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
-        raise RunError(f"{source}: arrays of these shapes are not transitions: {shapes}")
+        raise RunError(f"{source}: arrays of these shapes are not one row per transition: {shapes}")
     found = shapes["observations"][1:] + shapes["actions"][1:]
     if sizes not in (None, found):
         raise RunError(f"{source} has {found} observation and action dimensions, not {sizes}")

@@ -11,7 +11,7 @@ had come to 2,350. It ends at a score of about 34.5; with --data real at about 3
 
     --env walker2d-medium-replay-v2                       # the paper's; wants a GPU
     --env walker2d-medium-replay-v2 --data real           # its baseline, without generated transitions
-    --env walker2d-medium-replay-v2 --seed 1 --synthetic-path runs/.../synthetic.npz  # the first again, no new model
+    --env walker2d-medium-replay-v2 --seed 1 --synthetic-path runs/.../synthetic.npz  # another seed, the same samples
     --env Walker2d-v4 --dataset-path my_transitions.npz   # your own data
     --resume runs/...                                     # continue a run that was stopped
 """
@@ -95,7 +95,7 @@ class Args(edm.DiffusionArgs):
     eval_every: int = 5_000
     """updates between evaluations (paper: 5,000)"""
     eval_episodes: int = 10
-    """episodes per evaluation (paper: 10); 0 skips evaluation"""
+    """episodes per evaluation (paper: 10; mazes 100); 0: none, and --env is any name, the sizes and bound the data's"""
     checkpoint_every: int = 5_000
     """diffusion training steps, or updates of the agent, between checkpoints"""
 
@@ -363,7 +363,7 @@ def make_env(name):
             env = gym.wrappers.TimeLimit(env, 1_000)
         env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
     except Exception as error:  # an environment can fail in any way
-        where = " (AntMaze is in synther_td3bc.py alone)" if name.startswith("antmaze") else ""
+        where = " (synther_td3bc.py has umaze, medium-play and large-play)" if name.startswith("antmaze") else ""
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{where}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
@@ -451,7 +451,7 @@ def main(args):
     if args.subsample:
         count = round(args.subsample * len(real) if args.subsample <= 1 else args.subsample)
         if not 2 <= count <= len(real):
-            raise edm.RunError(f"--subsample {args.subsample} leaves {count} of {len(real)} transitions")
+            raise edm.RunError(f"--subsample {args.subsample} asks for {count} transitions, not 2 to {len(real)}")
         chosen = np.random.default_rng(args.diffusion_seed).choice(len(real), count, replace=False)
         real, starts = real[chosen], starts[chosen]
     if args.data == "mixed":
@@ -509,7 +509,7 @@ def main(args):
         edm.save_atomically(synthetic_path, lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
     if args.data != "real" and saved["stage"] != "agent":
         report = edm.quality_report(real, rows)
-        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthese are not like the data")
+        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthe samples are not like the data")
         log(args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
 
     # --- Rows for the agent, states normalised by the real data's statistics ---

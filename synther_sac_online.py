@@ -291,7 +291,7 @@ def make_env(name):
             if env.spec.max_episode_steps is None:
                 warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
                 env = gym.wrappers.TimeLimit(env, 1_000)
-        env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here, such as a renderer
+        env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
     except Exception as error:  # an environment can fail in any way
         hint = " (if it must render: set MUJOCO_GL to egl or osmesa)" if name.startswith("dmc/") else ""
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from None
@@ -520,7 +520,7 @@ def main(args):
             report = edm.quality_report(real, rows)
             edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
             edm.save_atomically(run_dir / "synthetic.npz", lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
-            print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthese are not like the data")
+            print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthe samples are not like the data")
             log(t, values | {f"diffusion/{key}": value for key, value in report.items()})
             edm.save_edm(run_dir / "diffusion.pt", model)  # last: until here, a warm start needs the one before
             synthetic, model_step = rows.to(args.device), t

@@ -262,8 +262,8 @@ LEVELS = dict(random="random", mixed="medium_replay", medium="medium", medexp="m
 
 
 def find_files(args):
-    """The dataset's files, sorted: 84px/*.hdf5, or else 64px/*.npz. Downloads them without args.dataset_path. Raises
-    RunError if there are none."""
+    """The dataset's files, sorted: 84px/*.hdf5, or else 64px/*.npz. Without args.dataset_path they are
+    downloaded. RunError if there are none."""
     match = re.fullmatch(r"(walker-walk|cheetah-run)-(\w+)", args.env)
     if not match or match[2] not in LEVELS:
         raise edm.RunError(f"unknown dataset {args.env}: give walker-walk or cheetah-run, then -{', -'.join(LEVELS)}")
@@ -274,7 +274,7 @@ def find_files(args):
         try:
             snapshot = snapshot_download("conglu/vd4rl", repo_type="dataset", allow_patterns=f"vd4rl/{part}/84px/*")
         except Exception as error:  # no network, ...
-            raise edm.RunError(f"cannot download V-D4RL (tests/paper/vd4rl_data.py makes a set): {error!r}") from None
+            raise edm.RunError(f"cannot download V-D4RL (see vd4rl_data.py): {' '.join(str(error).split())}") from None
         args.dataset_path = f"{snapshot}/vd4rl"
     folder = Path(args.dataset_path) / part
     files = sorted((folder / "84px").glob("*.hdf5")) or sorted((folder / "64px").glob("*.npz"))
@@ -705,7 +705,7 @@ def main(args):
     if args.data == "synther" and saved["stage"] != "stage2":
         report = edm.quality_report(real, rows)
         report = {key: value for key, value in report.items() if "terminals" not in key}  # the last column is a feature
-        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthese are not like the data")
+        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthe samples are not like the data")
         log(offset + args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
     print(f"the heads learn from {len(rows):,} latent transitions ({args.data}); the dataset has {len(real):,}")
     rows = rows.to(args.device)

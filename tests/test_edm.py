@@ -418,7 +418,7 @@ def test_resumed_training_equals_uninterrupted():
         assert again == {step: values for step, values in log.items() if step > state["step"]}
     swapped = data[[1, 0, *range(2, 200)]]  # the same means
     for other, changed in ((data, dict(lr=1e-3)), (data, dict(seed=2)), (data + 1, {}), (swapped, {})):
-        with pytest.raises(RunError, match="another configuration or other data"):
+        with pytest.raises(RunError, match="of other options or data"):
             edm.train_edm(other, diffusion_args(**dict(steps=1_100, seed=1) | changed), saved=states[0])
     fresh = [edm.train_edm(data, diffusion_args(steps=20), saved=saved) for saved in (None, {"stage": "agent"})]
     assert torch.equal(weights(fresh[0]), weights(fresh[1]))  # a state of another stage is passed over

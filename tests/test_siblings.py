@@ -461,7 +461,7 @@ BAD_COMMANDS = {
     "No such file|cannot read": dict(dataset_path="nothing.npz"),
     "NaN": dict(dataset_path="bad.npz"),
     "--subsample cannot be -0.5": dict(subsample=-0.5),
-    "--subsample 2000.0 leaves 2000 of 1000": dict(subsample=2_000),
+    "--subsample 2000.0 asks for 2000 transitions, not 2 to 1000": dict(subsample=2_000),
     "--updates cannot be 0": dict(updates=0),
     "--eval-episodes cannot be -1": dict(eval_episodes=-1),
     "--seed cannot be -1": dict(seed=-1),
@@ -504,4 +504,6 @@ def test_antmaze_is_in_one_script(tmp_path):
     path = write(tmp_path / "data.npz", transitions(20, obs_dim=29, act_dim=8))
     words = [sys.executable, synther_iql.__file__, "--env", "antmaze-umaze-v2", "--dataset-path", path]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.endswith("(AntMaze is in synther_td3bc.py alone)\n")
+    assert result.returncode == 2 and result.stderr.endswith(
+        "(synther_td3bc.py has umaze, medium-play and large-play)\n"
+    )

@@ -434,8 +434,8 @@ def main(args):
     for values in [values for pattern, values in DEFAULTS.items() if re.match(pattern, args.env)]:
         edm.fill(args, values)
     edm.check_args(args)
-    if args.env == "quickstart" and args.dataset_path:
-        raise edm.RunError("--dataset-path needs --env, the environment to evaluate in, such as Walker2d-v4")
+    if args.env.endswith((".hdf5", ".h5", ".npz")) or (args.env == "quickstart" and args.dataset_path):
+        raise edm.RunError("--dataset-path names a file, --env the environment to evaluate in, such as Walker2d-v4")
     if args.data == "real" and args.synthetic_path:
         raise edm.RunError("--synthetic-path has no use with --data real")
     envs = [make_env(args.env) for _ in range(args.eval_episodes)]  # without any, sizes and bound are the data's

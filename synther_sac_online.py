@@ -409,8 +409,7 @@ def main(args):
         if getattr(args, name) >= args.total_steps:
             raise edm.RunError(f"--{name.replace('_', '-')} must be less than --total-steps {args.total_steps}")
     if args.save_dataset:
-        path = Path(args.save_dataset).resolve()  # for a resume from another folder
-        args.save_dataset = str(path)
+        path = Path(args.save_dataset)
         if path.suffix not in (".hdf5", ".h5") or not path.parent.is_dir() or (path.exists() and not args.resume):
             raise edm.RunError(f"--save-dataset must be a new .hdf5 file in an existing folder, not {path}")
     env, envs = make_env(args.env), [make_env(args.env) for _ in range(args.eval_episodes)]

@@ -446,7 +446,7 @@ def main(args):
     max_action = float(envs[0].action_space.high[0] if envs else np.abs(data["actions"]).max())
     if np.abs(data["actions"]).max() > max_action:
         print(f"the data have actions beyond +-{max_action}, the bound of {env_id}", file=sys.stderr)
-    real = edm.pack(**data)
+    real, data = edm.pack(**data), None  # gives memory back
     starts = edm.episode_starts(real, obs_dim)
     if args.subsample:
         count = round(args.subsample * len(real) if args.subsample <= 1 else args.subsample)

@@ -446,7 +446,7 @@ def main(args):
     max_action = float(envs[0].action_space.high[0] if envs else np.abs(data["actions"]).max())
     if np.abs(data["actions"]).max() > max_action:
         print(f"the data have actions beyond +-{max_action}, the bound of {env_id}", file=sys.stderr)
-    real = edm.pack(**data)
+    real, data = edm.pack(**data), None  # gives memory back
     scale = 1.0
     if args.normalize_reward and not env_id.startswith("maze2d"):  # CORL leaves those of mazes alone
         scale = reward_scale(real[:, obs_dim + act_dim], real[:, -1])  # before a subsample takes episodes apart

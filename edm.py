@@ -124,6 +124,8 @@ def check_args(args):
         raise RunError("--device cuda needs a GPU, and PyTorch finds none")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.get_num_threads() > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:
+        print("other work runs on this machine: on a CPU, OMP_NUM_THREADS=1 may be several times faster", file=sys.stderr)
 
 
 # --- Denoiser and EDM -------------------------------------------------------------------------------------------------
@@ -793,8 +795,6 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args, description=__doc__))
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RunError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

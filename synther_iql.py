@@ -16,6 +16,7 @@ had come to 2,350. It ends at a score of about 24; with --data real at about 19.
     --resume runs/...                                     # continue a run that was stopped
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -159,8 +160,7 @@ class EnsembleCritic(nn.Module):
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=slice(None)):
-        """members: a slice or index tensor of the Q-functions to evaluate."""
+    def forward(self, x, members=slice(None)):  # members: a slice or index tensor of the Q-functions to evaluate
         h = x.expand(len(self.biases[0][members]), *x.shape)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
@@ -304,8 +304,7 @@ class Maze2d(gym.Env):
             <mujoco>
               <compiler inertiafromgeom="true"/> <option timestep="0.01" gravity="0 0 0" iterations="20"/>
               <default>
-                <joint type="slide" damping="1"/>
-                <motor ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+                <joint type="slide" damping="1"/> <motor ctrlrange="-1 1" ctrllimited="true" gear="100"/>
                 <geom friction=".5 .1 .1" density="1000" margin=".002" condim="1" contype="2" conaffinity="1"/>
               </default>
               <worldbody>
@@ -377,9 +376,8 @@ def make_env(name):
 # Copied from synther_td3bc.evaluate
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
-    which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
-    seed + i, the same at every evaluation, as in SynthER. RunError where an observation or action is not finite."""
+    """Returns [len(envs)] of one episode in each environment, stepped together. `policy` maps float32 observations
+    [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with seed + i. RunError for NaN or Inf."""
     observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
@@ -470,6 +468,15 @@ def main(args):
             raise edm.RunError(f"--data mixed needs {len(real)} generated rows, and {synthetic_path} has {len(rows)}")
 
     # --- Run folder and log ---
+    if args.track:
+        import wandb
+
+        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=args.out_dir)
+        try:
+            wandb.init(**where, config=vars(args), resume="allow")
+        except wandb.Error as error:
+            raise edm.RunError(f"--track: {error}") from None
+        wandb.define_metric("*", step_metric="step")
     if not args.resume:
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -484,17 +491,12 @@ def main(args):
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
     metrics.write("" if saved["log_size"] else "step,key,value\n")
-    if args.track:
-        import wandb
-
-        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=run_dir)
-        wandb.init(**where, config=vars(args), resume="allow")
-        wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
         metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
-            wandb.log(values | {"step": step})
+            with contextlib.suppress(Exception):  # a failure of the tracker does not end the run
+                wandb.log(values | {"step": step})
 
     def save(state):
         state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time, data=data_hash)
@@ -593,8 +595,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (edm.RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (edm.RunError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

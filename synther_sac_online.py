@@ -13,6 +13,7 @@ comes from its samples. That is all that changes, and it lets SAC make 20 update
     python synther_sac_online.py --resume runs/...                    # continue a run that was stopped
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -153,8 +154,7 @@ class EnsembleCritic(nn.Module):
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=slice(None)):
-        """members: a slice or index tensor of the Q-functions to evaluate."""
+    def forward(self, x, members=slice(None)):  # members: a slice or index tensor of the Q-functions to evaluate
         h = x.expand(len(self.biases[0][members]), *x.shape)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
@@ -305,9 +305,8 @@ def make_env(name):
 # Copied from synther_td3bc.evaluate
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of one episode in each environment. They are stepped together, with one call of `policy`,
-    which maps float32 observations [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with
-    seed + i, the same at every evaluation, as in SynthER. RunError where an observation or action is not finite."""
+    """Returns [len(envs)] of one episode in each environment, stepped together. `policy` maps float32 observations
+    [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with seed + i. RunError for NaN or Inf."""
     observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, alive = np.zeros(len(envs)), list(range(len(envs)))
     while alive:
@@ -419,6 +418,15 @@ def main(args):
     # --- Run folder and log ---
     run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
+    if args.track:
+        import wandb
+
+        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=args.out_dir)
+        try:
+            wandb.init(**where, config=vars(args), resume="allow")
+        except wandb.Error as error:
+            raise edm.RunError(f"--track: {error}") from None
+        wandb.define_metric("*", step_metric="step")
     if not args.resume:
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -430,17 +438,12 @@ def main(args):
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
     metrics.write("" if saved["log_size"] else "step,key,value\n")
-    if args.track:
-        import wandb
-
-        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=run_dir)
-        wandb.init(**where, config=vars(args), resume="allow")
-        wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: environment steps, for all of them
         metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
-            wandb.log(values | {"step": step})
+            with contextlib.suppress(Exception):  # a failure of the tracker does not end the run
+                wandb.log(values | {"step": step})
 
     # --- Agent, replay buffer, and where a stopped run was ---
     torch.manual_seed(args.seed)
@@ -590,8 +593,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (edm.RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (edm.RunError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

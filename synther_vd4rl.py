@@ -16,6 +16,7 @@ Both stages are evaluated from images. The end of stage 1 is the paper's "Origin
 without it, `python tests/paper/vd4rl_data.py` renders a small dataset of the same layout.
 """
 
+import contextlib
 import copy
 import ctypes
 import hashlib
@@ -140,8 +141,7 @@ class EnsembleCritic(nn.Module):
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=slice(None)):
-        """members: a slice or index tensor of the Q-functions to evaluate."""
+    def forward(self, x, members=slice(None)):  # members: a slice or index tensor of the Q-functions to evaluate
         h = x.expand(len(self.biases[0][members]), *x.shape)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
@@ -214,10 +214,8 @@ class Agent(nn.Module):
         return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
 
     def update(self, x, actions, rewards, discounts, next_x, noise):
-        """One step of encoder and critics, then one of the actor, then of the targets. Returns LOSSES.
-
-        Args: x and next_x: shifted images [batch, 9, 84, 84], or latents. actions [batch, act_dim]. rewards [batch].
-        """
+        """One step of encoder and critics, then of the actor, then of the targets. x and next_x are shifted images
+        [batch, 9, 84, 84], or latents; actions [batch, act_dim]; rewards and discounts [batch]. Returns LOSSES."""
         h = self.encoder(x)
         critic_loss = torch.zeros((), device=h.device)
         if self.args.algo == "drqbc":
@@ -618,6 +616,15 @@ def main(args):
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
 
     # --- Run folder and log ---
+    if args.track:
+        import wandb
+
+        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=args.out_dir)
+        try:
+            wandb.init(**where, config=vars(args), resume="allow")
+        except wandb.Error as error:
+            raise edm.RunError(f"--track: {error}") from None
+        wandb.define_metric("*", step_metric="step")
     if not args.resume:
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -632,17 +639,12 @@ def main(args):
     metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
     metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
     metrics.write("" if saved["log_size"] else "step,key,value\n")
-    if args.track:
-        import wandb
-
-        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=run_dir)
-        wandb.init(**where, config=vars(args), resume="allow")
-        wandb.define_metric("*", step_metric="step")
 
     def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
         metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
         if args.track:
-            wandb.log(values | {"step": step})
+            with contextlib.suppress(Exception):  # a failure of the tracker does not end the run
+                wandb.log(values | {"step": step})
 
     def save(state):
         state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time, data=data_hash)
@@ -743,8 +745,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (edm.RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (edm.RunError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -376,6 +377,28 @@ def test_constant_column_may_vary_in_the_environment(tmp_path, script):
     expected = data["observations"].std(0) + 1e-3
     expected[1] = 1
     np.testing.assert_allclose(saved["obs_std"], expected, rtol=1e-5)
+
+
+@offline
+def test_tracker_that_fails(tmp_path, monkeypatch, script):
+    """Before the run, it is one sentence and nothing is made. In the run, it is passed over."""
+    calls, options = [], TINY | dict(data="real", updates=5, eval_episodes=0, track=True)
+
+    class Error(Exception):
+        pass
+
+    def fail(*_, **__):
+        calls.append(0)
+        raise Error("no API key")
+
+    fake = types.SimpleNamespace(Error=Error, init=fail, log=fail, define_metric=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(edm.RunError, match="--track: no API key"):
+        run(script, tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+    fake.init = lambda **_: None
+    folder = run(script, tmp_path / "runs", **options)
+    assert len(calls) > 1 and (5, "train/actor_loss") in read_metrics(folder)
 
 
 class Endless(gym.Env):

@@ -125,7 +125,7 @@ def check_args(args):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.get_num_threads() > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:
-        print("other work runs on this machine: on a CPU, OMP_NUM_THREADS=1 may be several times faster", file=sys.stderr)
+        print("other work runs here: on a CPU, OMP_NUM_THREADS=1 may be several times faster", file=sys.stderr)
 
 
 # --- Denoiser and EDM -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ evaluates it, and leaves everything in one run folder.
     python synther_edac.py
 
 The command as it stands learns from 40,000 transitions of HalfCheetah-v4, the replay buffer of an agent whose return
-had come to 2,350. It ends at a score of about 34.5; with --data real at about 33. Options make it another experiment:
+had come to 2,350. It ends at a score of about 36; with --data real at about 33. Options make it another experiment:
 
     --env walker2d-medium-replay-v2                       # the paper's; wants a GPU
     --env walker2d-medium-replay-v2 --data real           # its baseline, without generated transitions

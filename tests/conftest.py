@@ -1,6 +1,7 @@
 """Shared by all tests: the scripts are imported from the repository root, and everything runs on one thread."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,16 @@ torch.set_num_threads(1)
 import edm
 
 edm.plot_marginals.__defaults__ = (8,)  # panels: 48 take three seconds of every run
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """What a script does at Ctrl-C and SIGTERM ends with the test that ran it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    edm.Bar.stop = None
 
 
 @pytest.fixture

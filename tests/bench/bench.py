@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import h5py
@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import edm  # noqa: E402
 
 OUR_PRECISION = torch.backends.mkldnn.matmul.fp32_precision
-edm.Bar = partial(edm.Bar, disable=True)  # no progress bars among the figures
+edm.Bar.__init__ = partialmethod(edm.Bar.__init__, disable=True)  # no progress bars among the figures
 OBS_DIM, ACT_DIM, DIM = 17, 6, 42  # Walker2d and HalfCheetah
 PAIR, BATCH = OBS_DIM + ACT_DIM, 256
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]

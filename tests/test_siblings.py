@@ -358,10 +358,12 @@ def test_rows_that_begin_episodes_are_told_in_a_subset(tmp_path, monkeypatch, sc
 
 
 @offline
-def test_robot_without_environment(tmp_path, script):
+def test_robot_without_environment(tmp_path, monkeypatch, script):
     """With --eval-episodes 0 sizes and the action bound are the data's, and an agent comes of it."""
     path = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 200))  # actions in +-2
+    _, agents = record(monkeypatch, script)
     folder = run(script, tmp_path / "runs", env="my-robot", dataset_path=path, **TINY | dict(eval_episodes=0))
+    assert 1.9 < agents[0].actor.max_action <= 2
     agent = edm.load_file(folder / "checkpoint.pt")["agent"]
     assert agent["actor.net.0.weight"].shape[1] == 3 and not (folder / "learning_curve.png").exists()
 

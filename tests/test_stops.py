@@ -34,8 +34,9 @@ OPTIONS = {
 
 
 def pytest_generate_tests(metafunc):
-    kills = range(metafunc.config.getoption("kills"))
-    metafunc.parametrize("script, kill", [(script, i) for script in OPTIONS for i in kills], scope="module")
+    if "kill" in metafunc.fixturenames:
+        kills = range(metafunc.config.getoption("kills"))
+        metafunc.parametrize("script, kill", [(script, i) for script in OPTIONS for i in kills], scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,43 @@ def signalled(script, out_dir, options, number, seconds):
     os.kill(pid, number)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return made[0].parent, status, (out_dir.parent / "said.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "script, owner, name, call, progress",
+    [
+        (synther_td3bc, edm.EDM, "loss", 45, dict(stage="diffusion", step=45)),
+        (synther_td3bc, synther_td3bc.TD3BC, "update_critic", 33, dict(stage="agent", update=33)),
+        (synther_iql, synther_iql.IQL, "update", 33, dict(stage="agent", update=33)),
+        (synther_edac, synther_edac.EDAC, "update", 33, dict(stage="agent", update=33)),
+        (synther_vd4rl, synther_vd4rl.Agent, "update", 5, dict(stage="stage1", update=5)),
+        (synther_vd4rl, synther_vd4rl.Agent, "update", 8 + 13, dict(stage="stage2", update=13)),
+        (synther_sac_online, synther_sac_online.SAC, "update", 33, dict(step=83)),
+    ],
+)
+def test_signal_saves_the_step_in_progress(tmp_path, monkeypatch, script, owner, name, call, progress, number):
+    """It comes within a step, far from any regular checkpoint. The run ends after this step, and has saved it."""
+    options = OPTIONS[script] | DIFFUSION | dict(checkpoint_every=70, device="cpu", out_dir=str(tmp_path / "runs"))
+    if script is synther_vd4rl:
+        make_files(tmp_path / "vd4rl", np.array([8, 8, 8]))
+        options |= dict(dataset_path=str(tmp_path / "vd4rl"))
+    elif script is not synther_sac_online:
+        options |= dict(dataset_path=write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300)))
+    original, calls = getattr(owner, name), []
+
+    def signalling(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalling)
+    with pytest.raises(SystemExit, match="stopped: go on with python .* --resume .*runs"):
+        script.main(script.Args(**options))
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = edm.load_file(folder / "checkpoint.pt")
+    assert len(calls) == call and {key: saved[key] for key in progress} == progress
 
 
 def test_signalled_run_goes_on(tmp_path, monkeypatch, script, kill, whole):

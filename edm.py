@@ -16,6 +16,7 @@ Section, Table, Figure: the SynthER paper's. Karras: arXiv 2206.00364.
 
 import copy
 import hashlib
+import itertools
 import math
 import os
 import signal
@@ -138,10 +139,9 @@ def geglu(x):
 
 
 class Denoiser(nn.Module):
-    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Section 3.1, Appendix B.2).
-    width, depth and rff_dim are Table 8's. Without `residual` it is the plain MLP of Table 10. time_dim is the size of
-    the embeddings of row and noise level: 128 offline, 256 online. Ours: `gated` units, and `waves` sines and cosines
-    of each input, because the network alone is too smooth for the edges in the data."""
+    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Appendix B.2, Table 8), or
+    without `residual` a plain one (Table 10). time_dim is the size of the embeddings of row and noise level. Ours:
+    `gated` units, and `waves` sines and cosines of each input, because without them it is too smooth for edges."""
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, rff_dim=16, gated=False, waves=0):
         super().__init__()
@@ -228,9 +228,8 @@ class EDM(nn.Module):
         return c_skip * x + c_out * (denoiser or self.denoiser)(c_in * x, c_noise)
 
     def denoise(self, x, sigma):
-        """What samplers call: `forward` for one noise level, with guidance if the model has any. Autoguidance (Karras
-        et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") at low noise: the estimate moves further
-        away from that of the early copy, by sigma / 2 at most, and stays between the end knots."""
+        """What samplers call: `forward` for one noise level, with guidance if the model has any (autoguidance, Karras et
+        al. 2024): at low noise the estimate moves away from the early copy's by sigma / 2 at most, between the knots."""
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
             change = denoised - self(x, sigma, self.early)
@@ -380,21 +379,20 @@ def ema_decay(step, beta):
 def cuda_graph(step, warmup=3):
     """Record `step`, which reads and writes fixed tensors only, and replay it from then on, by one launch on the GPU.
     The first calls run as usual, so that optimisers and workspaces can allocate their memory."""
-    graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
+    graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
 
     def run():
-        nonlocal calls
-        calls += 1
-        if calls <= warmup:
+        call = next(calls)
+        if call < warmup:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 step()
             torch.cuda.current_stream().wait_stream(stream)
-        else:
-            if calls == warmup + 1:
-                with torch.cuda.graph(graph):  # records without running
-                    step()
-            graph.replay()
+            return
+        if call == warmup:
+            with torch.cuda.graph(graph):  # records without running
+                step()
+        graph.replay()
 
     return run
 
@@ -573,11 +571,10 @@ def c2st(real, synthetic, max_rows=15_000):
 
 @own_randomness
 def quality_report(real, synthetic):
-    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers. marginal and correlation are
-    Table 1's, of at most 100,000 generated rows. terminals and terminals_real are the shares of rows whose last column
-    is above 0.5. nearest is the median distance, in standardised units, from a generated row to its nearest real one,
-    nearest_real from a real row to its nearest other: copies would be much nearer. c2st leaves out the last column;
-    c2st_real is that of real rows among themselves."""
+    """How close generated rows [M, dim] are to real ones [N, dim], in numbers. marginal and correlation (Table 1)
+    are of at most 100,000 generated rows. terminals is the share of rows whose last column is above 0.5. nearest is the
+    median distance, in standardised units, to the nearest real row: for copies it is far below nearest_real, that of
+    real rows from one another. c2st leaves out the last column; c2st_real is that of real rows among themselves."""
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
@@ -633,15 +630,18 @@ D4RL_ADDRESSES = (
 
 
 def download_d4rl(name):
-    """The path of a D4RL dataset in D4RL's own cache folder, downloaded first if it is not there."""
+    """The path of a D4RL dataset in D4RL's own cache folder, downloaded first if it is not there. For the large AntMaze
+    the file from before D4RL corrected the ends of its episodes is the last resort, and a line says so."""
     folder, file = D4RL[name].split("/")
-    path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / file
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for url in [address.format(folder=folder, file=file) for address in D4RL_ADDRESSES]:
-        print(f"downloading {url}", file=sys.stderr)
+    cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = cache / f"{file}.{os.getpid()}.tmp"
+    files = [file, file.replace("_fixed", "")] if "hardest" in file else [file]
+    for url in [address.format(folder=folder, file=f) for f in files for address in D4RL_ADDRESSES]:
+        path = cache / url.split("/")[-1]
+        if path.exists():
+            return path
+        print(f"downloading {url}", "" if path.name == file else "(episodes' ends not corrected)", file=sys.stderr)
         try:
             socket.setdefaulttimeout(60)  # seconds without an answer
             torch.hub.download_url_to_file(url, temporary)
@@ -654,19 +654,17 @@ def download_d4rl(name):
         finally:
             socket.setdefaulttimeout(None)
             temporary.unlink(missing_ok=True)
-    raise RunError(f"cannot download {name}: put the file at {path}, take your own (see maze_data.py) or `quickstart`")
+    raise RunError(f"cannot download {name}: put the file at {cache / file}, take your own (see maze_data.py) or `quickstart`")
 
 
 def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
-    """Transitions (s, a, r, s', d) from the rows of a D4RL file, as `d4rl.qlearning_dataset` makes them: row i has s' =
-    observations[i + 1]. Rows that end an episode by its time limit have no s' and are left out, and so is the last. In
-    terminal rows s' is the next episode's first observation. Q-learning masks it, but the diffusion model learns it.
+    """Transitions (s, a, r, s', d) from the rows of a D4RL file, as `d4rl.qlearning_dataset` makes them: s' is the next
+    row's s. The last row, and those that end an episode by its time limit, have none and are left out. In terminal rows
+    s' is the next episode's first observation: Q-learning masks it, but the diffusion model learns it.
 
-    Args:
-        raw: dict of arrays [N, ...] by D4RL's names; `timeouts` and `next_observations` may be missing.
-        true_next_obs: terminal rows get the s' in `next_observations` instead; RunError if there are none.
-        max_episode_steps: where episodes are cut if there are no `timeouts`.
-    """
+    `raw` is a dict of arrays [N, ...] by D4RL's names. `timeouts` and `next_observations` may be missing. Without
+    `timeouts`, episodes are cut after `max_episode_steps`. With `true_next_obs`, terminal rows get the s' in
+    `next_observations`; RunError if there are none."""
     terminals = raw["terminals"].reshape(-1) > 0.5
     if "timeouts" in raw:
         timeouts = raw["timeouts"].reshape(-1) > 0.5
@@ -718,7 +716,9 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
         else:
             import minari
 
-            episodes = minari.load_dataset(source, download=True).iterate_episodes()
+            episodes = minari.load_dataset(source, download=True)
+            if episodes.observation_space.shape is None:
+                raise ValueError(f"its observations are no arrays: {episodes.observation_space}")
             parts = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
             data = dict(zip(KEYS, map(np.concatenate, zip(*parts))))
     except Exception as error:  # each format fails in its own way: truncated, another format, a missing key, no network
@@ -779,8 +779,7 @@ def main(args):
     on_signal("stopped: the same command goes on")
     saved = load_file(checkpoint, args.device) if checkpoint.exists() else None
     saving = dict(saved=saved, save=lambda state: save_atomically(checkpoint, lambda f: torch.save(state, f)))
-    starts = episode_starts(real, obs_dim)
-    model = train_edm(real, args, starts=starts, raw_columns=[-1], device=args.device, **saving)  # -1: the terminal
+    model = train_edm(real, args, starts=episode_starts(real, obs_dim), raw_columns=[-1], device=args.device, **saving)
     rows = generate_transitions(model, real, args)
     print("sample quality:", quality_report(real, rows))
     plot_marginals(plot_path, real, rows, obs_dim, act_dim)

@@ -17,17 +17,19 @@ import contextlib
 import copy
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Optional
 
 import gymnasium as gym
 import h5py
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -252,6 +254,7 @@ class DMC(gym.Env):
     """A task of the DeepMind Control suite: flat float32 observations in its own order; 1000 steps, no terminals."""
 
     def __init__(self, domain, task):
+        choose_renderer()  # one task needs one, quadruped-escape
         from dm_control import suite  # takes seconds, and nothing else here needs it
 
         self.dm_env = suite.load(domain, task, environment_kwargs=dict(flat_observation=True))
@@ -276,10 +279,20 @@ class DMC(gym.Env):
         return self.observation, time_step.reward, False, time_step.last(), {}
 
 
+# Copied from synther_vd4rl.choose_renderer
+def choose_renderer():
+    """On Linux, where MUJOCO_GL is not set: set it to a renderer that works and needs no screen, if there is one."""
+    test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
+    for backend in ("egl", "osmesa") if sys.platform == "linux" else ():
+        trial = os.environ | {"MUJOCO_GL": backend}
+        if "MUJOCO_GL" not in os.environ and subprocess.run(test, env=trial, capture_output=True).returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+
+
 # Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
 def make_env(name):
     """The environment of a Gymnasium id or dmc/domain-task. RunError for an unknown one, or unsupported spaces."""
-    if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 5):
+    if tuple(map(int, version("mujoco").split(".")[:2])) >= (3, 5):
         warnings.warn("mujoco 3.5 and later add up contact margins, so the dynamics are not D4RL's: install 3.4.0")
     try:
         if name.startswith("dmc/"):
@@ -293,7 +306,7 @@ def make_env(name):
                 env = gym.wrappers.TimeLimit(env, 1_000)
         env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
     except Exception as error:  # an environment can fail in any way
-        hint = " (if it must render: set MUJOCO_GL to egl or osmesa)" if name.startswith("dmc/") else ""
+        hint = f" (MUJOCO_GL is {os.environ.get('MUJOCO_GL')})" if name.startswith("dmc/") else ""
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
@@ -322,20 +335,6 @@ def evaluate(policy, envs, seed):
     return returns
 
 
-# Copied from synther_td3bc.plot_learning_curve
-def plot_learning_curve(path, env_id, times, returns, unit):
-    """Mean and standard deviation over the episodes of each evaluation. Args: times [n], returns [n, episodes]."""
-    scores = normalized_score(env_id, returns)
-    values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
-    mean, std = values.mean(1), values.std(1)
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
-    ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
-    ax.plot(times, mean)
-    ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
-    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
-
-
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
 
 CAPACITY = 1_000_000  # rows; then the oldest is overwritten
@@ -343,9 +342,7 @@ CAPACITY = 1_000_000  # rows; then the oldest is overwritten
 
 def sample_batches(replay, synthetic, num_batches, batch_size, ratio):
     """Batches for one environment step, [num_batches, batch_size, dim], drawn with replacement (Algorithm 1, line 9).
-
-    int(batch_size * ratio) rows of each are from `synthetic` [M, dim] if that holds any, the others from `replay`.
-    """
+    int(batch_size * ratio) rows of each are from `synthetic` [M, dim] if that holds any, the others from `replay`."""
     num_synthetic = int(batch_size * ratio) if len(synthetic) else 0
     index = torch.randint(len(replay), (num_batches, batch_size - num_synthetic), device=replay.device)
     if not num_synthetic:
@@ -471,9 +468,8 @@ def main(args):
     def save(step):
         optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
         state = dict(step=step, model_step=model_step, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
-        state |= dict(replay=replay[:step].clone(), timeouts=timeouts[:step].clone(), evaluations=evaluations)
-        state |= dict(rng=edm.generator(args.device).get_state(), log_size=metrics.seek(0, 2))
-        state |= dict(seconds=time.time() - start_time)
+        state |= dict(replay=replay[:step].clone(), timeouts=timeouts[:step].clone(), seconds=time.time() - start_time)
+        state |= dict(rng=edm.generator(args.device).get_state(), log_size=metrics.seek(0, 2), evaluations=evaluations)
         edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
 
     def critic_step():
@@ -579,7 +575,13 @@ def main(args):
         scores = normalized_score(args.env, returns)
         arrays = dict(steps=steps, returns=returns, normalized_scores=scores)
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
-        plot_learning_curve(run_dir / "learning_curve.png", args.env, steps, returns, "environment steps")
+        values, label = (scores, "normalised score") if has_score else (returns, "return")
+        mean, std = values.mean(1), values.std(1)  # over the episodes of each evaluation
+        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+        ax.fill_between(steps, mean - std, mean + std, alpha=0.25, linewidth=0)
+        ax.plot(steps, mean)
+        ax.set(xlabel="environment steps", ylabel=label, title=run_dir.name)
+        edm.save_atomically(run_dir / "learning_curve.png", lambda f: ax.figure.savefig(f, format="png", dpi=120))
         score = f"normalised score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}, " if has_score else ""
         print(f"{score}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
     if args.save_dataset and Path(args.save_dataset).exists():

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -39,6 +38,12 @@ import tyro
 from matplotlib.figure import Figure
 
 import edm
+
+try:
+    import mujoco
+except Exception as error:  # MUJOCO_GL asks for a renderer that is not here
+    print(f"error: cannot import mujoco (is MUJOCO_GL wrong?): {error}", file=sys.stderr)
+    sys.exit(2)
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
@@ -393,19 +398,6 @@ def evaluate(policy, envs, seed):
     return returns
 
 
-def plot_learning_curve(path, env_id, times, returns, unit):
-    """Mean and standard deviation over the episodes of each evaluation. Args: times [n], returns [n, episodes]."""
-    scores = normalized_score(env_id, returns)
-    values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
-    mean, std = values.mean(1), values.std(1)
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
-    ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
-    ax.plot(times, mean)
-    ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
-    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
-
-
 # --- Experiment -------------------------------------------------------------------------------------------------------
 
 
@@ -586,7 +578,13 @@ def main(args):
         scores = normalized_score(env_id, returns)
         arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
-        plot_learning_curve(run_dir / "learning_curve.png", env_id, updates, returns, "updates")
+        values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
+        mean, std = values.mean(1), values.std(1)  # over the episodes of each evaluation
+        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+        ax.fill_between(updates, mean - std, mean + std, alpha=0.25, linewidth=0)
+        ax.plot(updates, mean)
+        ax.set(xlabel="updates", ylabel=label, title=run_dir.name)
+        edm.save_atomically(run_dir / "learning_curve.png", lambda f: ax.figure.savefig(f, format="png", dpi=120))
         text = "" if np.isnan(scores).any() else f"normalised score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}, "
         print(f"{text}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
     print(f"done in {time.time() - start_time:.0f} s: {run_dir}")

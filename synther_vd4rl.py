@@ -441,25 +441,27 @@ class PixelEnv:
         return np.concatenate(self.images), reward, time_step.last()
 
 
+def choose_renderer():
+    """On Linux, where MUJOCO_GL is not set: set it to a renderer that works and needs no screen, if there is one."""
+    test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
+    for backend in ("egl", "osmesa") if sys.platform == "linux" else ():
+        trial = os.environ | {"MUJOCO_GL": backend}
+        if "MUJOCO_GL" not in os.environ and subprocess.run(test, env=trial, capture_output=True).returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+
+
 # Differs from synther_td3bc.make_env: images
 def make_env(task):
-    """The environment of a task. Sets MUJOCO_GL to a way of rendering that works here; RunError if there is none."""
-    if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
-        for backend in ("egl", "osmesa"):
-            test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
-            if subprocess.run(test, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode == 0:
-                os.environ["MUJOCO_GL"] = backend
-                break
-        else:
-            raise edm.RunError(
-                "evaluation needs a renderer, and neither EGL nor OSMesa works; install one (Debian, Ubuntu: libegl1 "
-                "with libgl1-mesa-dri, or libosmesa6), or skip evaluation with --eval-episodes 0"
-            )
+    """The environment of a task. RunError if it cannot be rendered here."""
+    choose_renderer()
     try:
         env = PixelEnv(task)
         env.reset(0)
     except Exception as error:  # MuJoCo's and OpenGL's, of many kinds
-        raise edm.RunError(f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from None
+        raise edm.RunError(
+            f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error} (evaluation needs EGL or OSMesa; on "
+            "Debian and Ubuntu libegl1 with libgl1-mesa-dri, or libosmesa6; or skip it with --eval-episodes 0)"
+        ) from None
     return env
 
 
@@ -478,20 +480,6 @@ def evaluate(policy, env, episodes, seed):
             if i == 0:
                 film.append(images[-3:])
     return returns, film
-
-
-# Copied from synther_td3bc.plot_learning_curve
-def plot_learning_curve(path, env_id, times, returns, unit):
-    """Mean and standard deviation over the episodes of each evaluation. Args: times [n], returns [n, episodes]."""
-    scores = normalized_score(env_id, returns)
-    values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
-    mean, std = values.mean(1), values.std(1)
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
-    ax.fill_between(times, mean - std, mean + std, alpha=0.25, linewidth=0)
-    ax.plot(times, mean)
-    ax.set(xlabel=unit, ylabel=label, title=path.parent.name)
-    edm.save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=120))
 
 
 def plot_episode(path, film, title, images=10):
@@ -734,7 +722,12 @@ def main(args):
         arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         unit = "updates of stage 1, then of stage 2" if offset else "updates of stage 2"
-        plot_learning_curve(run_dir / "learning_curve.png", "dmc/", updates, returns, unit)
+        mean, std = scores.mean(1), scores.std(1)  # over the episodes of each evaluation
+        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+        ax.fill_between(updates, mean - std, mean + std, alpha=0.25, linewidth=0)
+        ax.plot(updates, mean)
+        ax.set(xlabel=unit, ylabel="normalised score", title=run_dir.name)
+        edm.save_atomically(run_dir / "learning_curve.png", lambda f: ax.figure.savefig(f, format="png", dpi=120))
         ends = [("stage 1", np.flatnonzero(updates <= offset)[-1])] if offset else []
         for name, k in (*ends, ("stage 2", -1)):
             print(f"{name}: normalised score {scores[k].mean():.1f} +- {scores[k].std():.1f}", end=", ")

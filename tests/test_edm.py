@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from helpers import command, d4rl_rows, episodes, make_minari, transitions, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minari.data_collector import EpisodeBuffer
 from scipy.stats import kstest, norm, rankdata
 
 import edm
@@ -809,6 +811,19 @@ def test_load_npz_and_minari(tmp_path, monkeypatch):
         edm.load_transitions("test/other-v0")
 
 
+def test_minari_dataset_without_plain_observations(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    space = gym.spaces.Dict(x=gym.spaces.Box(-1, 1, (2,)))
+    obs, ends = {"x": np.zeros((4, 2), np.float32)}, np.array([False, False, True])
+    buffer = EpisodeBuffer(0, None, None, obs, np.zeros((3, 1), np.float32), np.zeros(3), ends, ~ends & ends)
+    with warnings.catch_warnings(action="ignore"):
+        minari.create_dataset_from_buffers(
+            "test/dict-v0", [buffer], observation_space=space, action_space=gym.spaces.Box(-1, 1, (1,))
+        )
+    with pytest.raises(edm.RunError, match=r"its observations are no arrays: Dict\('x'"):
+        edm.load_transitions("test/dict-v0")
+
+
 def test_bundled_dataset():
     """40 episodes of 1000 steps that follow one another, of an agent that learns to run; each loses its last row."""
     data = edm.load_transitions("quickstart")
@@ -995,6 +1010,19 @@ def test_download_is_cached_under_d4rls_name(mirrors, name, folder, file):
         assert_same_data(edm.load_transitions(name), slow_qlearning_dataset(episodes(2000)))
     assert mirrors.paths == [f"/flat/{file}", f"/d4rl/{folder}/{file}"]
     assert [path.name for path in mirrors.folder.iterdir()] == [file]
+
+
+def test_uncorrected_antmaze_is_the_last_resort_and_named(mirrors, capsys):
+    mirrors.answers = ["absent", "absent", "whole"]
+    for _ in range(2):  # the second time from the cache, but only after the right file was asked for once more
+        assert len(edm.load_transitions("antmaze-large-play-v2")["rewards"]) > 1_000
+        mirrors.answers = ["absent", "absent"]
+    name = "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse"
+    assert [path.split("/")[-1] for path in mirrors.paths] == 2 * [f"{name}_fixed.hdf5"] + [f"{name}.hdf5"] + 2 * [
+        f"{name}_fixed.hdf5"
+    ]
+    assert [path.name for path in mirrors.folder.iterdir()] == [f"{name}.hdf5"]
+    assert capsys.readouterr().err.count("(episodes' ends not corrected)") == 1
 
 
 @pytest.mark.parametrize("answer", ["absent", "error page", "half a file", "cut off", "slow", "no server"])

@@ -6,6 +6,7 @@ Whole runs are of the three offline scripts. test_synther_sac_online.py and test
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -533,3 +534,13 @@ def test_antmaze_is_in_one_script(tmp_path):
     assert result.returncode == 2 and result.stderr.endswith(
         "(synther_td3bc.py has umaze, medium-play and large-play)\n"
     )
+
+
+@pytest.mark.parametrize("script", [synther_td3bc, synther_sac_online])
+def test_unknown_renderer_ends_in_one_sentence(tmp_path, script):
+    """In a process of its own, because MuJoCo reads MUJOCO_GL once."""
+    words = [sys.executable, script.__file__, "--env", "dmc/reacher-hard" if script is synther_sac_online else "x"]
+    environ = os.environ | {"MUJOCO_GL": "elg"}
+    result = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "MUJOCO_GL" in line and "elg" in line and "Traceback" not in result.stderr

@@ -512,7 +512,7 @@ def whole(tmp_path_factory):
     "owner, name, count",
     [
         (SAC, "update", 1), (SAC, "update", 23), (SAC, "update", 140), (edm, "train_edm", 1), (edm, "train_edm", 2),
-        (edm, "generate", 1), (edm, "plot_marginals", 2), (online, "evaluate", 4), (online, "plot_learning_curve", 1),
+        (edm, "generate", 1), (edm, "plot_marginals", 2), (online, "evaluate", 4), (online, "Figure", 1),
     ],
 )  # fmt: skip
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, owner, name, count):

@@ -250,6 +250,7 @@ def test_no_renderer(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 1))
+    monkeypatch.setattr(synther_vd4rl, "PixelEnv", lambda task: {}["no OpenGL"])
     with pytest.raises(edm.RunError, match="libegl1.*libosmesa6.*--eval-episodes 0"):
         synther_vd4rl.make_env("walker-walk")
     assert "MUJOCO_GL" not in os.environ

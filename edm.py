@@ -228,8 +228,8 @@ class EDM(nn.Module):
         return c_skip * x + c_out * (denoiser or self.denoiser)(c_in * x, c_noise)
 
     def denoise(self, x, sigma):
-        """What samplers call: `forward` for one noise level, with guidance if the model has any (autoguidance, Karras et
-        al. 2024): at low noise the estimate moves away from the early copy's by sigma / 2 at most, between the knots."""
+        """What samplers call: `forward` for one noise level, with autoguidance (Karras et al. 2024) if the model has an
+        early copy: at low noise the estimate moves away from that copy's by sigma / 2 at most, between the knots."""
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
             change = denoised - self(x, sigma, self.early)
@@ -654,7 +654,7 @@ def download_d4rl(name):
         finally:
             socket.setdefaulttimeout(None)
             temporary.unlink(missing_ok=True)
-    raise RunError(f"cannot download {name}: put the file at {cache / file}, take your own (see maze_data.py) or `quickstart`")
+    raise RunError(f"cannot download {name}: put it at {cache / file}, take your own (see maze_data.py) or `quickstart`")
 
 
 def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):

@@ -1035,7 +1035,7 @@ def test_failed_download_tries_another_address_then_names_three_ways_out(mirrors
         mirrors.answers = ["whole"]
         monkeypatch.setattr(edm, "D4RL_ADDRESSES", mirrors.addresses[2:])
     path = mirrors.folder / "hopper_medium-v2.hdf5"
-    with pytest.raises(RunError, match=rf"put the file at {path}.*your own.*maze_data.*quickstart[^\n]*\Z"):
+    with pytest.raises(RunError, match=rf"put it at {path}.*your own.*maze_data.*quickstart[^\n]*\Z"):
         edm.load_transitions("hopper-medium-v2")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("downloading", "failed"))]
     assert [line.split()[0] for line in lines] == ["downloading", "failed:"] * len(edm.D4RL_ADDRESSES)

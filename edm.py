@@ -1,7 +1,8 @@
 """The diffusion model of Synthetic Experience Replay (SynthER, Lu et al., NeurIPS 2023), in one file.
 
 An Elucidated Diffusion Model (EDM, Karras et al. 2022) learns the rows [s, a, r, s', d] of a replay buffer, and
-generates as many new ones as an agent wants. The scripts import this file. It also works alone. From the shell:
+generates as many new ones as an agent wants. The scripts import this file. It also works alone. Sections, tables and
+figures are those of the SynthER paper; Karras is arXiv 2206.00364. From the shell:
 
     python edm.py --data my_transitions.npz --num-samples 1000000 --out synthetic.npz
     python edm.py --data walker2d-medium-replay-v2 --out synthetic.npz      # a D4RL name; or a Minari id
@@ -10,10 +11,9 @@ From Python, with any rows, a float32 tensor:
 
     model = edm.train_edm(rows)                                             # [num_rows, dim] -> EDM
     new_rows = edm.generate(model, 1_000_000)                               # [1_000_000, dim]
-
-Section, Table, Figure: the SynthER paper's. Karras: arXiv 2206.00364.
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -23,12 +23,14 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional
 
 import h5py
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -52,32 +54,19 @@ class RunError(Exception):
 class DiffusionArgs:
     """Options of the diffusion model and its samples. The scripts' arguments inherit these."""
 
-    diffusion_steps: Optional[int] = None
-    """training steps of the diffusion model (paper: 100,000)"""
-    diffusion_recipe: Optional[Literal["paper", "fast"]] = None
-    """paper (default from 100,000 steps on), or fast (default below): ours, for short trainings; see the README"""
-    diffusion_width: Optional[int] = None
-    """units per block of the denoiser (paper: 1024, for three datasets 2048; fast: 256 with gates, from pixels 512)"""
-    diffusion_depth: Optional[int] = None
-    """blocks of the denoiser (paper: 6; fast: 3)"""
-    diffusion_residual: bool = True
-    """residual blocks; without, a plain MLP (Table 10)"""
-    diffusion_batch_size: Optional[int] = None
-    """rows per training step (paper: 256, and 1024 from 800,000 rows on; fast: 256)"""
-    diffusion_lr: Optional[float] = None
-    """initial learning rate of the cosine schedule (paper: 3e-4; fast: 2e-3, from pixels 1e-3)"""
-    diffusion_seed: int = 0
-    """seed of the diffusion model and its samples"""
-    sampler: Literal["dpmpp", "sde"] = "dpmpp"
-    """dpmpp: DPM-Solver++(2M), one estimate per step (fast: with new noise); sde: the paper's Heun, two (Table 9)"""
-    sample_steps: Optional[int] = None
-    """noise levels of the sampler (default: 32; with sde 128, the paper's)"""
-    num_samples: Optional[int] = None
-    """transitions to generate (paper: 5,000,000; online 1,000,000)"""
-    sample_batch_size: Optional[int] = None
-    """transitions generated at a time (default: 2,000 on a CPU; 100,000 on a GPU, the paper's)"""
-    terminals: Optional[Literal["column", "classifier"]] = None
-    """terminals of generated rows. column (paper): d above 0.5; classifier (fast): a decision tree on (s, a, r, s')"""
+    diffusion_steps: Optional[int] = None  # training steps of the diffusion model (paper: 100,000)
+    diffusion_recipe: Optional[Literal["paper", "fast"]] = None  # default: below 100,000 steps fast, which is ours
+    diffusion_width: Optional[int] = None  # units per block (paper: 1024, for three 2048; fast: 256, from pixels 512)
+    diffusion_depth: Optional[int] = None  # blocks of the denoiser (paper: 6; fast: 3)
+    diffusion_residual: bool = True  # residual blocks; without, a plain MLP (Table 10)
+    diffusion_batch_size: Optional[int] = None  # rows per step (paper: 256, from 800,000 rows on 1024; fast: 256)
+    diffusion_lr: Optional[float] = None  # first learning rate, of a cosine (paper: 3e-4; fast: 2e-3, from pixels 1e-3)
+    diffusion_seed: int = 0  # seed of the diffusion model and its samples
+    sampler: Literal["dpmpp", "sde"] = "dpmpp"  # DPM-Solver++(2M), or the paper's, which takes twice the time per step
+    sample_steps: Optional[int] = None  # noise levels of the sampler (default: 32; with sde 128, the paper's)
+    num_samples: Optional[int] = None  # transitions to generate (paper: 5,000,000; online 1,000,000)
+    sample_batch_size: Optional[int] = None  # rows at a time (default: 2,000 on a CPU; on a GPU 100,000, as the paper)
+    terminals: Optional[Literal["column", "classifier"]] = None  # d above 0.5 (paper), or a decision tree's (fast)
 
 
 RECIPES = {
@@ -109,24 +98,23 @@ def resolve(args, num_rows, dataset="", latents=False):
     return args
 
 
-MAY_BE_ZERO = "seed diffusion_seed eval_episodes synther_ratio policy_noise noise_clip alpha beta eta".split()
-
-
 def check_args(args):
     """Raise RunError for a number out of range or a GPU that is not there. Replaces --device auto, and ~ in paths."""
+    may_be_zero = "seed diffusion_seed eval_episodes synther_ratio policy_noise noise_clip alpha beta eta".split()
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "target_entropy":
             high = 1 if name in ("synther_ratio", "discount", "tau", "expectile") else sys.float_info.max
-            if not 0 <= value <= high or (value == 0 and name not in MAY_BE_ZERO):
+            if not 0 <= value <= high or (value == 0 and name not in may_be_zero):
                 raise RunError(f"--{name.replace('_', '-')} cannot be {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda needs a GPU, and PyTorch finds none")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if torch.get_num_threads() > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:
         print("other work runs here: on a CPU, OMP_NUM_THREADS=1 may be several times faster", file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        join_processes(args.device)
 
 
 # --- Denoiser and EDM -------------------------------------------------------------------------------------------------
@@ -236,12 +224,14 @@ class EDM(nn.Module):
             denoised = denoised + (self.GUIDANCE - 1) * change.clamp(-sigma, sigma)
         return denoised.clamp(self.knots[:, 0], self.knots[:, -1]) if self.knots.numel() else denoised
 
-    def loss(self, x):
-        """Weighted error of denoising normalised rows x [batch, dim], a noise level for each (Karras, Equation 8)."""
-        sigma = (self.P_MEAN + self.P_STD * torch.randn(len(x), 1, device=x.device)).exp()
-        denoised = self(x + sigma * torch.randn_like(x), sigma)
+    def loss(self, x, part=slice(None)):
+        """Weighted error of denoising normalised rows x [batch, dim], a noise level for each (Karras, Equation 8). Of a
+        `part` of the rows only, what these add to the mean over all."""
+        sigma = (self.P_MEAN + self.P_STD * torch.randn(len(x), 1, device=x.device)).exp()[part]
+        noise, clean = torch.randn_like(x)[part], x[part]
+        denoised = self(clean + sigma * noise, sigma)
         weight = (sigma**2 + 1) / sigma**2
-        return (weight * (denoised - x) ** 2).mean()
+        return (weight * (denoised - clean) ** 2).sum() / x.numel()
 
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
@@ -298,11 +288,11 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
 class Bar(tqdm):
     """A progress bar. Where the output is no terminal, a line every half minute. For `stop` see `on_signal`."""
 
-    display = tqdm.display if sys.stderr.isatty() else lambda self, *_, **__: print(self, file=sys.stderr, flush=True)
-    stop = None
+    tty, stop = sys.stderr.isatty(), None
+    display = tqdm.display if tty else lambda self, *_, **__: print(self, file=sys.stderr, flush=True)
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, mininterval=0.5 if sys.stderr.isatty() else 30, maxinterval=30, **kwargs)
+        super().__init__(*args, disable=share.start > 0, mininterval=0.5 if self.tty else 30, maxinterval=30, **kwargs)
 
     def __iter__(self):
         for item in super().__iter__():
@@ -318,8 +308,7 @@ def on_signal(message):
         Bar.stop = message
         signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
 
 
 def save_atomically(path, write):
@@ -357,23 +346,32 @@ def load_edm(path, device="cpu"):
 
 # --- Training and generation ------------------------------------------------------------------------------------------
 
+share = slice(0, None, 1)  # of batches and samples, for this process: its rank, and the number of processes
+
+
+def join_processes(device):
+    """Under `torchrun`, the first process returns and goes on with the script. The others stay here until it ends, and
+    take their share of each diffusion model's training and sampling, whose arguments the first one sends."""
+    global share
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(days=30))
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    if share.start > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError, RunError):  # the first process has ended
+            while True:
+                generate(train_edm(None, device=device), None)
+        sys.exit()
+
+
 # A decorator: torch's generators are seeded inside the function, and are afterwards as they were before it.
 own_randomness = torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else [])
 
 
 def generator(device):
     """What draws torch's random numbers on a device, "cpu" or "cuda"."""
-    return torch.cuda.default_generators[0] if device == "cuda" else torch.default_generator
-
-
-def cosine_lr(lr, step, steps):
-    """Cosine annealing from `lr` at step 0 to 0 at `steps` (Table 8). A function of the step, so resume is exact."""
-    return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
-
-
-def ema_decay(step, beta):
-    """The weight of the old average, as in ema-pytorch, whose first step is 1 where ours is 0."""
-    return min(beta, 1 - (step - 99) ** (-2 / 3)) if step > 100 else 0.0
+    return torch.cuda.default_generators[torch.cuda.current_device()] if device == "cuda" else torch.default_generator
 
 
 def cuda_graph(step, warmup=3):
@@ -383,16 +381,15 @@ def cuda_graph(step, warmup=3):
 
     def run():
         call = next(calls)
-        if call < warmup:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return
         if call == warmup:
             with torch.cuda.graph(graph):  # records without running
                 step()
-        graph.replay()
+        if call >= warmup:
+            return graph.replay()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
 
     return run
 
@@ -400,10 +397,8 @@ def cuda_graph(step, warmup=3):
 @own_randomness
 def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_dim=128, init=None, device="cpu",
               saved=None, save=None, save_every=10_000, log=lambda *_: None):  # fmt: skip
-    """Train a diffusion model on rows (Appendix B.2, Table 8) and return the moving average of its weights.
-
-    Adam with betas (0.9, 0.99), cosine schedule, gradient norm clipped at 1, an average of the weights every 10 steps.
-    RunError where the loss is not finite, or `saved` is of another configuration or other data.
+    """Train a diffusion model on rows (Appendix B.2, Table 8) and return the moving average of its weights. RunError
+    where the loss is not finite, or `saved` is of another configuration or other data.
 
     Args:
         rows: float32 [num_rows, dim], in raw units.
@@ -413,8 +408,11 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
         init: a model of the same size, whose denoiser to start from.
         saved: a state that `save` got, to go on from, exactly; one of another stage is passed over.
         save: called with the state, a dict, every `save_every` steps and at the end.
-        log: called with (step, {key: value}) every 500 steps.
-    """
+        log: called with (step, {key: value}) every 500 steps."""
+    if share.step > 1:
+        given = [rows, args, starts, raw_columns, time_dim, init, saved]
+        dist.broadcast_object_list(given)
+        rows, args, starts, raw_columns, time_dim, init, saved = given
     args = resolve(copy.copy(args), len(rows))
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
     settings["rows"] = hashlib.sha256(rows.cpu().contiguous().numpy()).hexdigest()
@@ -443,23 +441,29 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
         start = saved["step"]
         loss_sum.copy_(saved["loss_sum"])
         generator(device).set_state(saved["rng"].cpu())
-    lr = optimizer.param_groups[0]["lr"]  # load_state_dict has replaced the tensor
+    optimizer.param_groups[0]["lr"] = lr  # load_state_dict has replaced the tensor
 
     def train_step():
         optimizer.zero_grad(set_to_none=device == "cuda")  # on a CPU, fresh memory costs a tenth of the step
-        loss = model.loss(x[torch.randint(len(x), (args.diffusion_batch_size,), device=device)])
+        loss = model.loss(x[torch.randint(len(x), (args.diffusion_batch_size,), device=device)], share)
         loss.backward()
+        loss = loss.detach()
+        if share.step > 1:
+            sums = nn.utils.parameters_to_vector([loss, *(p.grad for p in params)])
+            dist.all_reduce(sums)
+            nn.utils.vector_to_parameters(sums, [loss, *(p.grad for p in params)])
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        loss_sum.add_(loss.detach())
+        loss_sum.add_(loss)
 
-    train_step = cuda_graph(train_step) if device == "cuda" else train_step
+    train_step = cuda_graph(train_step) if device == "cuda" and share.step == 1 else train_step
     bar = Bar(range(start, steps), "diffusion", initial=start, total=steps)
     for step in bar:
-        lr.fill_(cosine_lr(args.diffusion_lr, step, steps))
+        lr.fill_(0.5 * args.diffusion_lr * (1 + math.cos(math.pi * step / steps)))  # annealed to 0 (Table 8)
         train_step()
         if step % 10 == 0:
-            torch._foreach_lerp_(ema_params, [p.detach() for p in params], 1 - ema_decay(step, beta))
+            decay = min(beta, 1 - (step - 99) ** (-2 / 3)) if step > 100 else 0.0  # ema-pytorch's, from its step 1 on
+            torch._foreach_lerp_(ema_params, [p.detach() for p in params], 1 - decay)
         if step == steps // 10 and not is_paper:  # a tenth of the way: the early copy
             ema.early.load_state_dict(ema.denoiser.state_dict())
         done = step + 1
@@ -482,17 +486,25 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
 def generate(model, num_samples, args=DiffusionArgs()):
     """Draw new rows from a trained model, on the device that it is on: float32 [num_samples, dim] on the CPU, in raw
     units. Those of the fast recipe are in the range of the data. RunError where one holds NaN."""
+    if share.step > 1:
+        given = [num_samples, args]
+        dist.broadcast_object_list(given)
+        num_samples, args = given
     device, args = model.mean.device, resolve(copy.copy(args), 0)
     batch_size = args.sample_batch_size or (100_000 if device.type == "cuda" else 2_000)
     sample = sample_sde if args.sampler == "sde" else lambda *x: sample_dpmpp(*x, eta=int(model.knots.numel() > 0))
     sigmas = karras_sigmas(args.sample_steps)
     torch.manual_seed(args.diffusion_seed)
-    rows = torch.empty(num_samples, len(model.mean))
-    for part in Bar(rows.split(batch_size), f"sampling, {batch_size:,} rows at a time"):
+    rows = torch.zeros(num_samples, len(model.mean))
+    for i, part in enumerate(Bar(rows.split(batch_size), f"sampling, {batch_size:,} rows at a time")):
+        mine = i % share.step == share.start  # of the other processes' parts, only the random numbers are drawn
         x = sigmas[0].item() * torch.randn(part.shape, device=device)
-        part.copy_(model.unnormalize(sample(model.denoise, x, sigmas)))
+        x = sample(model.denoise if mine else lambda x, _: x, x, sigmas)
+        part.copy_(model.unnormalize(x) if mine else part)
         if not part.isfinite().all():
             raise RunError("generated rows hold NaN or Inf: the diffusion model has diverged")
+    if share.step > 1:
+        dist.all_reduce(rows)
     return rows
 
 
@@ -507,31 +519,6 @@ def generate_transitions(model, real, args):
         tree = DecisionTreeClassifier(random_state=0).fit(real[:, :-1].numpy(), real[:, -1].numpy() > 0.5)
         rows[:, -1] = torch.from_numpy(tree.predict(rows[:, :-1].numpy()))
     return rows
-
-
-# --- Transitions <-> rows ---------------------------------------------------------------------------------------------
-
-KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
-
-
-def pack(observations, actions, rewards, next_observations, terminals):
-    """The rows [s, a, r, s', d], float32 [N, dim], of arrays [N, obs_dim], [N, act_dim], [N], [N, obs_dim], [N]."""
-    columns = [torch.as_tensor(x) for x in (observations, actions, rewards, next_observations, terminals)]
-    return torch.cat([x.reshape(len(x), -1).float() for x in columns], dim=1)
-
-
-def unpack(rows, obs_dim, act_dim):
-    """The arrays of rows [N, dim], a dict by D4RL's names. A terminal is a value above 0.5."""
-    parts = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=1)
-    data = {key: part.cpu().numpy() for key, part in zip(KEYS, parts)}
-    return data | {"rewards": data["rewards"][:, 0], "terminals": data["terminals"][:, 0] > 0.5}
-
-
-def episode_starts(rows, obs_dim):
-    """Which rows begin an episode, a mask [N] of rows [N, dim] in their order: those where s is not the s' of the row
-    before, or that row is terminal. Where the rows are in random order, nearly every one is marked."""
-    follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
-    return torch.cat([follows.new_ones(1), ~follows])
 
 
 # --- Sample quality ---------------------------------------------------------------------------------------------------
@@ -599,9 +586,8 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     sizes = {"s": obs_dim, "a": act_dim, "r": 1, "s'": obs_dim, "d": 1}
     names = [f"{name}[{i}]" for name, size in sizes.items() for i in range(size)]
     shown = np.unique(np.linspace(0, real.shape[1] - 1, max_panels).round().astype(int))
-    num_lines = math.ceil(len(shown) / 8)
-    fig = Figure(figsize=(16, 1.6 * num_lines), layout="constrained")
-    for i, ax in zip(shown, fig.subplots(num_lines, 8).flat):
+    fig = Figure(figsize=(16, 1 + 0.2 * len(shown)), layout="constrained")
+    for i, ax in zip(shown, fig.subplots(math.ceil(len(shown) / 8), 8).flat):
         low, high = np.quantile(real[:100_000, i], [0.001, 0.999])
         for rows, color in ((real, "tab:orange"), (synthetic, "tab:blue")):
             values, bins = rows[:100_000, i].clamp(low, high).numpy(), np.linspace(low - 1e-3, high + 1e-3, 60)
@@ -611,11 +597,33 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
 
 
-# --- Datasets ---------------------------------------------------------------------------------------------------------
+# --- Transitions and datasets -----------------------------------------------------------------------------------------
+
+KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
+
+
+def pack(observations, actions, rewards, next_observations, terminals):
+    """The rows [s, a, r, s', d], float32 [N, dim], of arrays [N, obs_dim], [N, act_dim], [N], [N, obs_dim], [N]."""
+    columns = [torch.as_tensor(x) for x in (observations, actions, rewards, next_observations, terminals)]
+    return torch.cat([x.reshape(len(x), -1).float() for x in columns], dim=1)
+
+
+def unpack(rows, obs_dim, act_dim):
+    """The arrays of rows [N, dim], a dict by D4RL's names. A terminal is a value above 0.5."""
+    parts = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=1)
+    data = {key: part.cpu().numpy() for key, part in zip(KEYS, parts)}
+    return data | {"rewards": data["rewards"][:, 0], "terminals": data["terminals"][:, 0] > 0.5}
+
+
+def episode_starts(rows, obs_dim):
+    """Which rows begin an episode, a mask [N] of rows [N, dim] in their order: those where s is not the s' of the row
+    before, or that row is terminal. Where the rows are in random order, nearly every one is marked."""
+    follows = (rows[1:, :obs_dim] == rows[:-1, -1 - obs_dim : -1]).all(1) & (rows[:-1, -1] == 0)
+    return torch.cat([follows.new_ones(1), ~follows])
+
 
 # The replay buffer of `synther_sac_online.py --env HalfCheetah-v4 --algo sac --total-steps 40000`
 BUNDLED = Path(__file__).parent / "tests/data/halfcheetah_sac.hdf5"
-
 D4RL = {f"maze2d-{maze}-v1": f"maze2d/maze2d-{maze}-sparse-v1.hdf5" for maze in ("umaze", "medium", "large")}
 for _env in ("halfcheetah", "hopper", "walker2d"):
     for _level in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
@@ -635,7 +643,6 @@ def download_d4rl(name):
     folder, file = D4RL[name].split("/")
     cache = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cache / f"{file}.{os.getpid()}.tmp"
     files = [file, file.replace("_fixed", "")] if "hardest" in file else [file]
     for url in [address.format(folder=folder, file=f) for f in files for address in D4RL_ADDRESSES]:
         path = cache / url.split("/")[-1]
@@ -644,17 +651,16 @@ def download_d4rl(name):
         print(f"downloading {url}", "" if path.name == file else "(episodes' ends not corrected)", file=sys.stderr)
         try:
             socket.setdefaulttimeout(60)  # seconds without an answer
-            torch.hub.download_url_to_file(url, temporary)
-            with h5py.File(temporary) as f:  # an error page or half a file fails here
+            torch.hub.download_url_to_file(url, str(path))
+            with h5py.File(path) as f:  # an error page or half a file fails here
                 f["observations"]
-            os.replace(temporary, path)
             return path
         except Exception as error:  # no network, not found, broken off, ...
             print(f"failed: {error}", file=sys.stderr)
+            path.unlink(missing_ok=True)
         finally:
             socket.setdefaulttimeout(None)
-            temporary.unlink(missing_ok=True)
-    raise RunError(f"cannot download {name}: put it at {cache / file}, take your own (see maze_data.py) or `quickstart`")
+    raise RunError(f"cannot download {name}: put it at {cache / file}, take your own (maze_data.py) or `quickstart`")
 
 
 def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
@@ -694,8 +700,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
         sizes: (obs_dim, act_dim) that the transitions must have; any, if None.
 
     Returns: dict by KEYS of float32 arrays [N, obs_dim], [N, act_dim], [N], [N, obs_dim], and terminals [N], bool.
-    RunError where the source is unknown, missing, unreadable, or not a set of finite transitions.
-    """
+    RunError where the source is unknown, missing, unreadable, or not a set of finite transitions."""
     source, name = str(source), str(source).replace("-mixed-", "-medium-replay-")  # D4RL's older name
     path = BUNDLED if name == "quickstart" else download_d4rl(name) if name in D4RL else Path(source)
     is_hdf5 = path.suffix in (".hdf5", ".h5")
@@ -706,10 +711,10 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
             with h5py.File(path) as f:
                 keys = ["observations", "actions", "rewards", "terminals"]
                 data = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
-                for key in ("truncations", "truncateds", "episode_terminals", "dones"):  # other names of the ends
-                    if key in f and "timeouts" not in data:
-                        ends = (f[key][:] > 0.5) & (data["terminals"].reshape(f[key].shape) <= 0.5)
-                        data |= {"timeouts": ends} if ends.any() else {}
+                others = [key for key in ("truncations", "truncateds", "episode_terminals", "dones") if key in f]
+                if others and "timeouts" not in f:
+                    print(f"{source} has no `timeouts`: its episodes end where `{others[0]}` says", file=sys.stderr)
+                    data["timeouts"] = (f[others[0]][:].reshape(-1) > 0.5) & (data["terminals"].reshape(-1) <= 0.5)
         elif path.suffix == ".npz":
             with np.load(path) as f:
                 data = {key: f[key] for key in KEYS}
@@ -752,14 +757,10 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
 
 @dataclass(kw_only=True)
 class Args(DiffusionArgs):
-    data: str
-    """what to learn from: a D4RL name, a D4RL-layout .hdf5, an .npz of transitions, a Minari id, or `quickstart`"""
-    out: str
-    """the .npz to write, with D4RL's keys; an existing file is not overwritten"""
-    true_next_obs: bool = False
-    """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
+    data: str  # a D4RL name, an .hdf5 in D4RL's layout, an .npz of transitions, a Minari id, or `quickstart`
+    out: str  # the .npz to write, with D4RL's keys; an existing file is not overwritten
+    true_next_obs: bool = False  # s' of terminal rows is the file's, not the next row's as in D4RL
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
 
 def main(args):

@@ -52,26 +52,18 @@ except Exception as error:  # MUJOCO_GL asks for a renderer that is not here
 class Args(edm.DiffusionArgs):
     env: str = "quickstart"
     """a D4RL name, a Minari id or `quickstart`; with --dataset-path, the D4RL name or Gymnasium id to evaluate in"""
-    dataset_path: Optional[str] = None
-    """a D4RL-layout HDF5 file or an .npz of transitions to learn from"""
+    dataset_path: Optional[str] = None  # a D4RL-layout HDF5 file or an .npz of transitions to learn from
     synthetic_path: Optional[str] = None
     """learn from the synthetic.npz of an earlier offline run (its first --num-samples rows) instead of generating"""
     seed: int = 0
     """seed of the agent, its batches and its evaluation; --diffusion-seed seeds subset, diffusion model and samples"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
-    out_dir: str = "runs"
-    """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
-    exp_name: str = "synther_edac"
-    """name of the experiment, part of the run folder's name"""
-    resume: Optional[str] = None
-    """run folder to continue, with the arguments saved there"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "synther"
-    """project to log to with --track"""
-    wandb_entity: Optional[str] = None
-    """team or user to log to with --track"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
+    exp_name: str = "synther_edac"  # name of the experiment, part of the run folder's name
+    resume: Optional[str] = None  # run folder to continue, with the arguments saved there
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "synther"  # project to log to with --track
+    wandb_entity: Optional[str] = None  # team or user to log to with --track
 
     data: Literal["synther", "real", "mixed"] = "synther"
     """what the agent learns from: generated transitions (Table 2), real ones, or equal numbers of both (Table 12)"""
@@ -80,30 +72,20 @@ class Args(edm.DiffusionArgs):
     true_next_obs: bool = False
     """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
 
-    updates: Optional[int] = None
-    """gradient updates (paper: 3,000,000; quickstart: 30,000)"""
-    batch_size: int = 256
-    """transitions per update (paper: 256)"""
-    hidden_dim: Optional[int] = None
-    """units per hidden layer (paper: 256; quickstart: 128)"""
-    hidden_layers: int = 3
-    """hidden layers (paper: 3)"""
-    learning_rate: Optional[float] = None
-    """Adam's learning rate (paper: 3e-4; quickstart: 1e-3)"""
-    discount: float = 0.99
-    """discount factor gamma (paper: 0.99)"""
-    tau: float = 0.005
-    """rate of the target networks' moving average (paper: 0.005)"""
-    num_critics: Optional[int] = None
-    """critics in the ensemble (paper: 10; hopper 50)"""
+    updates: Optional[int] = None  # gradient updates (paper: 3,000,000; quickstart: 30,000)
+    batch_size: int = 256  # transitions per update (paper: 256)
+    hidden_dim: Optional[int] = None  # units per hidden layer (paper: 256; quickstart: 128)
+    hidden_layers: int = 3  # hidden layers (paper: 3)
+    learning_rate: Optional[float] = None  # Adam's learning rate (paper: 3e-4; quickstart: 1e-3)
+    discount: float = 0.99  # discount factor gamma (paper: 0.99)
+    tau: float = 0.005  # rate of the target networks' moving average (paper: 0.005)
+    num_critics: Optional[int] = None  # critics in the ensemble (paper: 10; hopper 50)
     eta: Optional[float] = None
     """weight of the diversity term (paper: 1; halfcheetah- and walker2d-medium-expert 5; maze2d 0.1)"""
-    eval_every: int = 5_000
-    """updates between evaluations (paper: 5,000)"""
+    eval_every: int = 5_000  # updates between evaluations (paper: 5,000)
     eval_episodes: int = 10
     """episodes per evaluation (paper: 10; mazes 100); 0: none, and --env is any name, the sizes and bound the data's"""
-    checkpoint_every: int = 5_000
-    """diffusion training steps, or updates of the agent, between checkpoints"""
+    checkpoint_every: int = 5_000  # diffusion training steps, or updates of the agent, between checkpoints
 
 
 # By dataset: an argument that is None takes its value from the first entry that matches (re.match) and has one.

@@ -52,26 +52,18 @@ except Exception as error:  # MUJOCO_GL asks for a renderer that is not here
 class Args(edm.DiffusionArgs):
     env: str = "quickstart"
     """a D4RL name, a Minari id or `quickstart`; with --dataset-path, the D4RL name or Gymnasium id to evaluate in"""
-    dataset_path: Optional[str] = None
-    """a D4RL-layout HDF5 file or an .npz of transitions to learn from"""
+    dataset_path: Optional[str] = None  # a D4RL-layout HDF5 file or an .npz of transitions to learn from
     synthetic_path: Optional[str] = None
     """learn from the synthetic.npz of an earlier offline run (its first --num-samples rows) instead of generating"""
     seed: int = 0
     """seed of the agent, its batches and its evaluation; --diffusion-seed seeds subset, diffusion model and samples"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
-    out_dir: str = "runs"
-    """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
-    exp_name: str = "synther_iql"
-    """name of the experiment, part of the run folder's name"""
-    resume: Optional[str] = None
-    """run folder to continue, with the arguments saved there"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "synther"
-    """project to log to with --track"""
-    wandb_entity: Optional[str] = None
-    """team or user to log to with --track"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
+    exp_name: str = "synther_iql"  # name of the experiment, part of the run folder's name
+    resume: Optional[str] = None  # run folder to continue, with the arguments saved there
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "synther"  # project to log to with --track
+    wandb_entity: Optional[str] = None  # team or user to log to with --track
 
     data: Literal["synther", "real", "mixed"] = "synther"
     """what the agent learns from: generated transitions (Table 2), real ones, or equal numbers of both (Table 12)"""
@@ -84,32 +76,23 @@ class Args(edm.DiffusionArgs):
     normalize_reward: Optional[bool] = None
     """scale the agent's rewards by 1000 over the range of returns (paper: only hopper-medium and -medium-replay)"""
 
-    updates: Optional[int] = None
-    """gradient updates (paper: 1,000,000; quickstart: 40,000)"""
-    batch_size: int = 256
-    """transitions per update (paper: 256; 1024 with the larger network of Table 3)"""
-    hidden_dim: int = 256
-    """units per hidden layer (paper: 256; larger network 512)"""
-    hidden_layers: int = 2
-    """hidden layers (paper: 2; larger network 3)"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate; the actor's falls to 0 along a cosine (paper: 3e-4)"""
-    discount: float = 0.99
-    """discount factor gamma (paper: 0.99)"""
+    updates: Optional[int] = None  # gradient updates (paper: 1,000,000; quickstart: 40,000)
+    batch_size: int = 256  # transitions per update (paper: 256; 1024 with the larger network of Table 3)
+    hidden_dim: int = 256  # units per hidden layer (paper: 256; larger network 512)
+    hidden_layers: int = 2  # hidden layers (paper: 2; larger network 3)
+    learning_rate: float = 3e-4  # Adam's learning rate; the actor's falls to 0 along a cosine (paper: 3e-4)
+    discount: float = 0.99  # discount factor gamma (paper: 0.99)
     tau: Optional[float] = None
     """rate of the target critics' moving average (paper: 0.005; hopper-medium and -medium-replay 0.001)"""
     expectile: Optional[float] = None
     """expectile of Q that the value is fitted to (paper: 0.7; hopper-medium-expert 0.5)"""
-    beta: Optional[float] = None
-    """inverse temperature of the advantage weights (paper: 3; hopper-medium-expert 6)"""
+    beta: Optional[float] = None  # inverse temperature of the advantage weights (paper: 3; hopper-medium-expert 6)
     deterministic: Optional[bool] = None
     """a deterministic actor instead of a Gaussian one (paper: only hopper-medium and -medium-replay)"""
-    eval_every: int = 5_000
-    """updates between evaluations (paper: 5,000)"""
+    eval_every: int = 5_000  # updates between evaluations (paper: 5,000)
     eval_episodes: Optional[int] = None
     """episodes per evaluation (paper: 10; mazes 100); 0: none, and --env is any name, the sizes and bound the data's"""
-    checkpoint_every: int = 5_000
-    """diffusion training steps, or updates of the agent, between checkpoints"""
+    checkpoint_every: int = 5_000  # diffusion training steps, or updates of the agent, between checkpoints
 
 
 # By dataset: an argument that is None takes its value from the first entry that matches (re.match) and has one.
@@ -195,7 +178,7 @@ class IQL(nn.Module):
 
     def anneal(self, update):
         """Set the actor's learning rate for an update, counted from 0: a cosine that falls to 0 at the end."""
-        lr = edm.cosine_lr(self.args.learning_rate, update, self.args.updates)
+        lr = 0.5 * self.args.learning_rate * (1 + math.cos(math.pi * update / self.args.updates))
         self.optimizers["actor"].param_groups[0]["lr"].fill_(lr)
 
     def update(self, batch):

@@ -48,29 +48,20 @@ class Args(edm.DiffusionArgs):
     """a Gymnasium id with flat Box spaces (HalfCheetah-v4), or dmc/domain-task (dmc/cheetah-run)"""
     seed: int = 0
     """seed of agent, environment and evaluation; that of each diffusion model adds --diffusion-seed and the step"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
-    out_dir: str = "runs"
-    """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
     exp_name: Optional[str] = None
     """name of the experiment, part of the run folder's name (default: synther_sac_online-{algo})"""
-    resume: Optional[str] = None
-    """run folder to continue, with the arguments saved there"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "synther"
-    """project to log to with --track"""
-    wandb_entity: Optional[str] = None
-    """team or user to log to with --track"""
+    resume: Optional[str] = None  # run folder to continue, with the arguments saved there
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "synther"  # project to log to with --track
+    wandb_entity: Optional[str] = None  # team or user to log to with --track
 
     algo: Literal["sac", "redq", "synther"] = "synther"
     """sac: 2 critics, 1 update per step; redq: 10 and 20; synther: 2 and 20, half of each batch generated"""
-    synther_ratio: float = 0.5
-    """share of generated transitions in a batch (paper: 0.5)"""
-    retrain_every: Optional[int] = None
-    """environment steps between diffusion models (paper: 10,000; Pendulum: 500)"""
-    warm_start: bool = False
-    """start each diffusion model from the last one's weights (official code: from new weights)"""
+    synther_ratio: float = 0.5  # share of generated transitions in a batch (paper: 0.5)
+    retrain_every: Optional[int] = None  # environment steps between diffusion models (paper: 10,000; Pendulum: 500)
+    warm_start: bool = False  # start each diffusion model from the last one's weights (official code: from new weights)
     standardize_reward: Optional[bool] = None
     """standardise the reward for the diffusion model (paper: yes; official code and default: but for dmc/)"""
     save_dataset: Optional[str] = None
@@ -84,26 +75,17 @@ class Args(edm.DiffusionArgs):
     """critic updates per environment step (paper: 20; sac: 1); one of the policy, as in the official code up to 20"""
     num_q: Optional[int] = None
     """critics; a target is the minimum of two of them, drawn anew for each update (paper: 2; redq: 10)"""
-    batch_size: int = 256
-    """transitions per update (paper: 256)"""
-    hidden_dim: int = 256
-    """units per hidden layer (paper: 256)"""
-    hidden_layers: int = 2
-    """hidden layers (paper: 2)"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate (paper: 3e-4)"""
-    discount: float = 0.99
-    """discount factor gamma (paper: 0.99)"""
-    tau: float = 0.005
-    """rate of the target networks' moving average (paper: 0.005)"""
+    batch_size: int = 256  # transitions per update (paper: 256)
+    hidden_dim: int = 256  # units per hidden layer (paper: 256)
+    hidden_layers: int = 2  # hidden layers (paper: 2)
+    learning_rate: float = 3e-4  # Adam's learning rate (paper: 3e-4)
+    discount: float = 0.99  # discount factor gamma (paper: 0.99)
+    tau: float = 0.005  # rate of the target networks' moving average (paper: 0.005)
     target_entropy: Optional[float] = None
     """entropy that the temperature is tuned to (default, and official code: minus the dimension of the actions)"""
-    eval_every: Optional[int] = None
-    """environment steps between evaluations (paper: 1,000; Pendulum: 250)"""
-    eval_episodes: int = 10
-    """episodes per evaluation (paper: 10); 0 skips evaluation"""
-    checkpoint_every: Optional[int] = None
-    """environment steps between checkpoints (default: 5,000; Pendulum: 500)"""
+    eval_every: Optional[int] = None  # environment steps between evaluations (paper: 1,000; Pendulum: 250)
+    eval_episodes: int = 10  # episodes per evaluation (paper: 10); 0 skips evaluation
+    checkpoint_every: Optional[int] = None  # environment steps between checkpoints (default: 5,000; Pendulum: 500)
 
 
 # What depends on the environment. An argument that is None takes the value of the first pattern that matches.

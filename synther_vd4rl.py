@@ -56,23 +56,16 @@ class Args(edm.DiffusionArgs):
     """run folder whose stage-1 agent (agent.pt, of the same env, algo and feature_dim) to use instead of a new one"""
     seed: int = 0
     """seed of the agent, its batches and its evaluation; --diffusion-seed is that of latents, model and samples"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
-    out_dir: str = "runs"
-    """where the run folder {env}__{exp_name}__{seed}__{unix_time} is made"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
     exp_name: Optional[str] = None
     """name of the experiment, part of the run folder's name; None takes synther_vd4rl-{algo}-{data}"""
-    resume: Optional[str] = None
-    """run folder to continue, with the arguments saved there"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "synther"
-    """project to log to with --track"""
-    wandb_entity: Optional[str] = None
-    """team or user to log to with --track"""
+    resume: Optional[str] = None  # run folder to continue, with the arguments saved there
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "synther"  # project to log to with --track
+    wandb_entity: Optional[str] = None  # team or user to log to with --track
 
-    algo: Literal["drqbc", "bc"] = "drqbc"
-    """DrQ+BC, or behaviour cloning, which has no critic and no rewards"""
+    algo: Literal["drqbc", "bc"] = "drqbc"  # DrQ+BC, or behaviour cloning, which has no critic and no rewards
     data: Literal["synther", "real"] = "synther"
     """what the heads learn from in stage 2: generated latent transitions (Table 4), or those of the dataset"""
     latent: Literal["both", "actor", "critic"] = "both"
@@ -82,34 +75,22 @@ class Args(edm.DiffusionArgs):
 
     stage1_updates: int = 550_000
     """gradient updates from images (paper: 1,100,000 iterations, an update every second one)"""
-    stage2_updates: int = 550_000
-    """gradient updates of the new heads (paper: not said; here as many)"""
+    stage2_updates: int = 550_000  # gradient updates of the new heads (paper: not said; here as many)
     nstep: Optional[int] = None
     """steps of a transition's return (default: 3 for DrQ+BC as in V-D4RL's README, else 1; the paper writes one)"""
-    batch_size: int = 256
-    """transitions per update (paper: 256)"""
-    hidden_dim: int = 1024
-    """units per hidden layer of the heads (paper: 1024)"""
-    feature_dim: int = 50
-    """features of a trunk (paper: 50)"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate (paper: 3e-4)"""
-    discount: float = 0.99
-    """discount factor gamma (paper: 0.99)"""
-    tau: float = 0.01
-    """rate of the target networks' moving average (paper: 0.01)"""
-    alpha: float = 2.5
-    """weight of the Q-value against behaviour cloning (paper: 2.5)"""
+    batch_size: int = 256  # transitions per update (paper: 256)
+    hidden_dim: int = 1024  # units per hidden layer of the heads (paper: 1024)
+    feature_dim: int = 50  # features of a trunk (paper: 50)
+    learning_rate: float = 3e-4  # Adam's learning rate (paper: 3e-4)
+    discount: float = 0.99  # discount factor gamma (paper: 0.99)
+    tau: float = 0.01  # rate of the target networks' moving average (paper: 0.01)
+    alpha: float = 2.5  # weight of the Q-value against behaviour cloning (paper: 2.5)
     noise_duration: int = 125_000
     """updates over which the noise on the actions falls from 1.0 to 0.1, in each stage (paper: 250,000 iterations)"""
-    noise_clip: float = 0.3
-    """limit of that noise (paper: 0.3)"""
-    eval_every: int = 5_000
-    """updates between evaluations (paper: 10,000 iterations)"""
-    eval_episodes: int = 10
-    """episodes per evaluation, rendered, with the mean action (paper: 10); 0 skips evaluation"""
-    checkpoint_every: int = 5_000
-    """diffusion training steps, or updates of the agent, between checkpoints"""
+    noise_clip: float = 0.3  # limit of that noise (paper: 0.3)
+    eval_every: int = 5_000  # updates between evaluations (paper: 10,000 iterations)
+    eval_episodes: int = 10  # episodes per evaluation, rendered, with the mean action (paper: 10); 0 skips evaluation
+    checkpoint_every: int = 5_000  # diffusion training steps, or updates of the agent, between checkpoints
 
 
 # --- DrQ+BC and BC ----------------------------------------------------------------------------------------------------

@@ -306,10 +306,15 @@ def test_churn_gives_the_closed_form_moments(num_steps, low, high):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def test_ema_decay():
-    assert [edm.ema_decay(k, 0.995) for k in (0, 50, 100)] == [0, 0, 0]
-    assert [edm.ema_decay(k, 0.995) for k in (110, 200, 1000)] == pytest.approx([0.798, 0.954, 0.989], abs=6e-4)
-    assert edm.ema_decay(2920, 0.995) < 0.995 == edm.ema_decay(2930, 0.995) == edm.ema_decay(100_000, 0.995)
+def test_moving_average_of_the_weights(monkeypatch):
+    """Every tenth step, with ema-pytorch's weights: 0 for the old average at first, then up to 0.995."""
+    weights = []
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda old, new, weight: weights.append(1 - weight))
+    options = dict(diffusion_steps=2_951, diffusion_width=2, diffusion_depth=1, diffusion_batch_size=2)
+    edm.train_edm(torch.randn(9, 2), DiffusionArgs(diffusion_recipe="paper", **options))
+    assert len(weights) == 296 and weights[:11] == [0] * 11
+    assert [weights[k] for k in (11, 20, 100)] == pytest.approx([0.798, 0.954, 0.989], abs=6e-4)
+    assert weights[292] < 0.995 == weights[293] == weights[-1]
 
 
 def two_modes(num_rows, seed=0):
@@ -1042,6 +1047,48 @@ def test_failed_download_tries_another_address_then_names_three_ways_out(mirrors
     assert not list(mirrors.folder.iterdir()) and socket.getdefaulttimeout() is None
     monkeypatch.setattr(edm, "D4RL_ADDRESSES", mirrors.addresses[:2])
     assert len(edm.load_transitions("hopper-medium-v2")["rewards"]) > 1_000
+
+
+# --- More than one process --------------------------------------------------------------------------------------------
+
+
+def torchrun(*words, cwd):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    return subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Model and samples, to rounding, where batches and samples divide unevenly. When torchrun gets SIGTERM, the first
+    process saves. The same command then ends as the one that was never stopped."""
+    write(tmp_path / "data.npz", transitions(300))
+    words = [
+        "--data",
+        "data.npz",
+        "--diffusion-steps",
+        "200",
+        "--diffusion-width",
+        "16",
+        "--diffusion-batch-size",
+        "25",
+    ]
+    words += ["--num-samples", "950", "--sample-batch-size", "200", "--sample-steps", "8", "--device", "cpu", "--out"]
+    two, stopped = (torchrun(edm.__file__, *words, name, cwd=tmp_path) for name in ("two.npz", "stopped.npz"))
+    for line in stopped.stdout:
+        if line.startswith("diffusion"):  # the progress bar
+            stopped.terminate()
+    assert stopped.wait() != 0 and 0 < edm.load_file(tmp_path / "stopped.checkpoint")["step"] < 200
+    again = torchrun(edm.__file__, *words, "stopped.npz", cwd=tmp_path)
+    subprocess.run([sys.executable, edm.__file__, *words, "one.npz"], cwd=tmp_path, check=True, capture_output=True)
+    for process in (two, again):
+        said = process.communicate()[0]
+        assert process.returncode == 0 and "200/200" in said and said.count("sample quality") == 1, said
+    one, two = (edm.load_edm(tmp_path / f"{name}.pt").state_dict() for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-4)
+    one, two, stopped = (edm.load_transitions(tmp_path / f"{name}.npz") for name in ("one", "two", "stopped"))
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], rtol=1e-3, atol=1e-3)
+    assert_same_data(two, stopped)
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------

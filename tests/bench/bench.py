@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own, which edm may change
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import edm  # noqa: E402
 
 OUR_PRECISION = torch.backends.mkldnn.matmul.fp32_precision
-edm.Bar.__init__ = partialmethod(edm.Bar.__init__, disable=True)  # no progress bars among the figures
+edm.Bar.__init__ = partialmethod(tqdm.__init__, disable=True)  # no progress bars among the figures
 OBS_DIM, ACT_DIM, DIM = 17, 6, 42  # Walker2d and HalfCheetah
 PAIR, BATCH = OBS_DIM + ACT_DIM, 256
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]

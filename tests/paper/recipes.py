@@ -93,13 +93,14 @@ def start_training(rows, recipe, seed, steps):
     beta = max(1 - 500 / steps, 0.0) if recipe["ema"] == "scaled" else recipe["ema"]
 
     def step(i):
-        optimizer.param_groups[0]["lr"] = edm.cosine_lr(recipe["lr"], i, steps)
+        optimizer.param_groups[0]["lr"] = 0.5 * recipe["lr"] * (1 + math.cos(math.pi * i / steps))
         optimizer.zero_grad(set_to_none=False)
         model.loss(x[torch.randint(len(x), (recipe["batch_size"],))]).backward()
         torch.nn.utils.clip_grad_norm_(params, recipe["clip"])
         optimizer.step()
         if i % 10 == 0:
-            torch._foreach_lerp_(ema_params, [p.detach() for p in params], 1 - edm.ema_decay(i, beta))
+            weight = max(1 - beta, (i - 99) ** (-2 / 3)) if i > 100 else 1.0
+            torch._foreach_lerp_(ema_params, [p.detach() for p in params], weight)
         if recipe["early"] and i == round(recipe["early"] * steps):
             ema.early.load_state_dict(ema.denoiser.state_dict())
 

@@ -128,10 +128,11 @@ class EnsembleCritic(nn.Module):
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=slice(None)):  # members: a slice or index tensor of the Q-functions to evaluate
-        h = x.expand(len(self.biases[0][members]), *x.shape)
+    def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
+            if members is not None:
+                weight, bias = weight[members], bias[members]
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape), weight)
         return h.squeeze(-1)
 
 

@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         convolutions = [nn.Conv2d(9, 32, 3, stride=2)] + [nn.Conv2d(32, 32, 3) for _ in range(3)]
-        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU(inplace=True)))
+        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU()))
         self.net = nn.Sequential(*layers, nn.Flatten())
 
     def forward(self, images):
@@ -122,10 +122,11 @@ class EnsembleCritic(nn.Module):
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=slice(None)):  # members: a slice or index tensor of the Q-functions to evaluate
-        h = x.expand(len(self.biases[0][members]), *x.shape)
+    def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias[members], F.relu(h) if i else h, weight[members])
+            if members is not None:
+                weight, bias = weight[members], bias[members]
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape), weight)
         return h.squeeze(-1)
 
 

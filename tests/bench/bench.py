@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -41,6 +42,7 @@ import edm  # noqa: E402
 
 OUR_PRECISION = torch.backends.mkldnn.matmul.fp32_precision
 edm.Bar.__init__ = partialmethod(tqdm.__init__, disable=True)  # no progress bars among the figures
+warnings.filterwarnings("ignore", ".*Overriding environment")  # each script registers its mazes
 OBS_DIM, ACT_DIM, DIM = 17, 6, 42  # Walker2d and HalfCheetah
 PAIR, BATCH = OBS_DIM + ACT_DIM, 256
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]

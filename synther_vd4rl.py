@@ -123,10 +123,12 @@ class EnsembleCritic(nn.Module):
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
+        h = x
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             if members is not None:
                 weight, bias = weight[members], bias[members]
-            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape), weight)
+            h = F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape)
+            h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
 

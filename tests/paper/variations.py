@@ -1,0 +1,91 @@
+"""Variations of an experiment: larger agents (Table 3), small denoisers (Table 5), depth and plain MLPs (Table 10), half
+real data (Table 12), number of samples (Figure 9). Each is a list of runs of `synther_td3bc.py` that differ in options.
+
+    python tests/paper/variations.py table12 --out variations               # on the quickstart's data: an hour
+    python tests/paper/variations.py figure9 --out variations --seeds 3     # goes on where it stopped, with more seeds
+
+The table shows sample quality where a variation has its own samples, and the score of the last evaluation, mean and
+standard deviation over the agent's seeds, which share their samples.
+"""
+
+import csv
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from runs import at_once, last_score, run
+
+LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
+SCALES = {
+    "cpu": dict(updates=40_000, eval_every=10_000, diffusion_steps=20_000, num_samples=200_000),
+    "paper": dict(updates=1_000_000, eval_every=50_000, diffusion_steps=100_000, num_samples=5_000_000),
+}
+PAPER = dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3)  # at scale cpu: the paper's, but small
+# Of each study: label -> options. A label "... of X" takes the samples of X.
+STUDIES = {
+    "table3": {"real": dict(data="real"), "generated": {}, "real, larger agent": dict(data="real") | LARGE,
+               "larger agent, samples of generated": LARGE},
+    "table5": {f"{width} units": dict(diffusion_width=width) for width in (32, 64, 128, 256)},
+    "table10": {f"depth {depth}, {kind}": dict(diffusion_depth=depth, diffusion_residual=kind == "residual")
+                for kind in ("residual", "plain") for depth in (2, 4, 6)},
+    "table12": {"real": dict(data="real"), "generated": {}, "half of each": dict(data="mixed")},
+    "figure9": {"200,000": {}} | {f"{n:,}, samples of 200,000": dict(num_samples=n) for n in (100_000, 40_000, 10_000)},
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    study: Annotated[Literal["table3", "table5", "table10", "table12", "figure9"], tyro.conf.Positional]
+    out: Path  # folder for the runs
+    env: str = "quickstart"  # and --dataset-path: as in the scripts
+    dataset_path: str = ""
+    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 200,000 samples, 40,000 updates
+    seeds: int = 1  # of the agent
+    workers: int = 2  # runs at a time, one thread each
+
+
+def options_of(args, label, seed):
+    """The options of one run. Seeds above 0 and labels "... samples of X" take the samples of another run."""
+    options = dict(env=args.env, seed=seed) | SCALES[args.scale]
+    options |= dict(dataset_path=args.dataset_path) if args.dataset_path else {}
+    options |= PAPER if args.study == "table10" and args.scale == "cpu" else {}
+    options |= STUDIES[args.study][label]
+    source = label.partition("samples of ")[2] or label
+    if options.get("data") != "real" and (seed > 0 or source != label):
+        (samples,) = (args.out / f"{source}-0").glob("*/synthetic.npz")
+        options["synthetic_path"] = str(samples)
+    return options
+
+
+def quality(folder):
+    """The last logged quality of the samples of a run, for the table."""
+    with open(folder / "metrics.csv") as f:
+        values = {row["key"]: float(row["value"]) for row in csv.DictReader(f)}
+    return [f"{values[f'diffusion/{key}']:.3f}" if f"diffusion/{key}" in values else "" for key in
+            ("marginal", "correlation", "c2st")]  # fmt: skip
+
+
+def main(args):
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def job(label, seed):
+        return run(args.out, f"{label}-{seed}", "synther_td3bc.py", **options_of(args, label, seed))
+
+    labels, folders = STUDIES[args.study], {}
+    own = [label for label in labels if "samples of" not in label]
+    for seed in range(args.seeds):
+        for some in own, [label for label in labels if label not in own]:
+            made = at_once(args.workers, [partial(job, label, seed) for label in some])
+            folders |= {(label, seed): folder for label, folder in zip(some, made)}
+    print("| | marginal | correlation | AUC | score |\n|---|---|---|---|---|")
+    for label in labels:
+        scores = np.array([last_score(folders[label, seed]) for seed in range(args.seeds)])
+        print(f"| {label} | {' | '.join(quality(folders[label, 0]))} | {scores.mean():.1f} ± {scores.std():.1f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

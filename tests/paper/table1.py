@@ -53,7 +53,7 @@ def copula(rows, num_samples):
     """Gaussian copula: normal scores of the ranks are correlated, and then turned into values of the data again."""
     scores = scipy.stats.norm.ppf(scipy.stats.rankdata(rows.numpy(), axis=0) / (len(rows) + 1))
     correlated = np.random.default_rng(0).multivariate_normal(np.zeros(rows.shape[1]), np.cov(scores.T), num_samples)
-    ranks = scipy.stats.norm.cdf(correlated / scores.std(0))
+    ranks = scipy.stats.norm.cdf(correlated / (scores.std(0) + 1e-9))
     return torch.stack([torch.from_numpy(np.quantile(x.numpy(), u)) for x, u in zip(rows.T, ranks.T)], dim=1).float()
 
 

@@ -53,6 +53,8 @@ def options_of(args, label, seed):
     options |= dict(dataset_path=args.dataset_path) if args.dataset_path else {}
     options |= PAPER if args.study == "table10" and args.scale == "cpu" else {}
     options |= STUDIES[args.study][label]
+    if options.get("data") == "mixed":
+        del options["num_samples"]  # as many as there are real rows
     source = label.partition("samples of ")[2] or label
     if options.get("data") != "real" and (seed > 0 or source != label):
         (samples,) = (args.out / f"{source}-0").glob("*/synthetic.npz")

@@ -711,10 +711,10 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
             with h5py.File(path) as f:
                 keys = ["observations", "actions", "rewards", "terminals"]
                 data = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
-                others = [key for key in ("truncations", "truncateds", "episode_terminals", "dones") if key in f]
-                if others and "timeouts" not in f:
-                    print(f"{source} has no `timeouts`: its episodes end where `{others[0]}` says", file=sys.stderr)
-                    data["timeouts"] = (f[others[0]][:].reshape(-1) > 0.5) & (data["terminals"].reshape(-1) <= 0.5)
+                for key in {"truncations", "truncateds", "episode_terminals", "dones"} & set(() if "timeouts" in f else f):
+                    ends = (f[key][:].reshape(-1) > 0.5) & (data["terminals"].reshape(-1) <= 0.5)
+                    print(f"{source} has no `timeouts`; {ends.sum()} ends are taken from `{key}`", file=sys.stderr)
+                    data |= {"timeouts": ends} if ends.any() else {}
         elif path.suffix == ".npz":
             with np.load(path) as f:
                 data = {key: f[key] for key in KEYS}

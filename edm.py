@@ -709,9 +709,9 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
     try:
         if is_hdf5:
             with h5py.File(path) as f:
-                keys = ["observations", "actions", "rewards", "terminals"]
-                data = {key: f[key][:] for key in keys + [k for k in ("timeouts", "next_observations") if k in f]}
-                for key in {"truncations", "truncateds", "episode_terminals", "dones"} & set(() if "timeouts" in f else f):
+                data = {key: f[key][:] for key in [*KEYS[:3], "terminals", *{"timeouts", "next_observations"} & set(f)]}
+                others = {"truncations", "truncateds", "episode_terminals", "dones"} & set(f)
+                for key in others if "timeouts" not in f else ():
                     ends = (f[key][:].reshape(-1) > 0.5) & (data["terminals"].reshape(-1) <= 0.5)
                     print(f"{source} has no `timeouts`; {ends.sum()} ends are taken from `{key}`", file=sys.stderr)
                     data |= {"timeouts": ends} if ends.any() else {}

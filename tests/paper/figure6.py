@@ -1,0 +1,65 @@
+"""Online (Figure 6): SAC with generated transitions against SAC, SAC with as many updates, and REDQ.
+
+    python tests/paper/figure6.py --out online --tasks HalfCheetah-v4 --seeds 3          # hours on two cores
+    python tests/paper/figure6.py --out online --tasks dmc/reacher-hard --methods sac synther "synther, reward standardised"
+
+The table shows the return of the last evaluation, mean and standard deviation over seeds. `compare.py` draws the curves:
+python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from runs import at_once, run
+
+METHODS = {
+    "sac": dict(algo="sac"),
+    "sac, 20 updates": dict(algo="sac", utd=20),
+    "redq": dict(algo="redq"),
+    "synther": dict(algo="synther"),
+    "synther, reward standardised": dict(algo="synther", standardize_reward=True),
+}
+SCALES = {
+    "cpu": dict(total_steps=15_000, retrain_every=5_000, eval_episodes=5, diffusion_steps=10_000, num_samples=100_000),
+    "paper": {},
+}
+
+
+@dataclass
+class Args:
+    out: Path  # folder for the runs
+    tasks: tuple[str, ...] = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4")
+    """the paper has these in Gymnasium's v2, and dmc/cheetah-run, dmc/quadruped-walk, dmc/reacher-hard"""
+    methods: tuple[str, ...] = ("sac", "sac, 20 updates", "redq", "synther")
+    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 15,000 environment steps, and a tenth of the diffusion training
+    seeds: int = 2
+    workers: int = 2  # runs at a time, one thread each
+
+
+def main(args):
+    args.out = args.out.resolve()
+
+    def job(task, method, seed):
+        name = f"{task.replace('/', '-')} {method} {seed}"
+        return run(
+            args.out, name, "synther_sac_online.py", env=task, seed=seed, **SCALES[args.scale], **METHODS[method]
+        )
+
+    cells = [(seed, task, method) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
+    folders = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))
+    print(f"| | {' | '.join(args.tasks)} |\n|---{'|---' * len(args.tasks)}|")
+    for method in args.methods:
+        columns = []
+        for task in args.tasks:
+            finals = [np.load(folders[seed, task, method] / "final_returns.npz") for seed in range(args.seeds)]
+            returns = np.array([final["returns"][-1].mean() for final in finals])
+            columns.append(f"{returns.mean():,.0f} ± {returns.std():,.0f}")
+        print(f"| {method} | {' | '.join(columns)} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

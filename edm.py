@@ -113,8 +113,6 @@ def check_args(args):
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if torch.get_num_threads() > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:
         print("other work runs here: on a CPU, OMP_NUM_THREADS=1 may be several times faster", file=sys.stderr)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        join_processes(args.device)
 
 
 # --- Denoiser and EDM -------------------------------------------------------------------------------------------------
@@ -225,8 +223,8 @@ class EDM(nn.Module):
         return denoised.clamp(self.knots[:, 0], self.knots[:, -1]) if self.knots.numel() else denoised
 
     def loss(self, x, part=slice(None)):
-        """Weighted error of denoising normalised rows x [batch, dim], a noise level for each (Karras, Equation 8). Of a
-        `part` of the rows only, what these add to the mean over all."""
+        """Weighted error of denoising normalised rows x [batch, dim], a noise level for each (Karras, Equation 8). With
+        `part`, a slice, the share of these rows in it: the parts' losses add up to that of all, with the same noise."""
         sigma = (self.P_MEAN + self.P_STD * torch.randn(len(x), 1, device=x.device)).exp()[part]
         noise, clean = torch.randn_like(x)[part], x[part]
         denoised = self(clean + sigma * noise, sigma)
@@ -292,7 +290,7 @@ class Bar(tqdm):
     display = tqdm.display if tty else lambda self, *_, **__: print(self, file=sys.stderr, flush=True)
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, disable=share.start > 0, mininterval=0.5 if self.tty else 30, maxinterval=30, **kwargs)
+        super().__init__(*args, disable=rank > 0, mininterval=0.5 if self.tty else 30, maxinterval=30, **kwargs)
 
     def __iter__(self):
         for item in super().__iter__():
@@ -346,23 +344,28 @@ def load_edm(path, device="cpu"):
 
 # --- Training and generation ------------------------------------------------------------------------------------------
 
-share = slice(0, None, 1)  # of batches and samples, for this process: its rank, and the number of processes
+rank, num_processes = 0, 1  # of this process under torchrun
 
 
 def join_processes(device):
-    """Under `torchrun`, the first process returns and goes on with the script. The others stay here until it ends, and
-    take their share of each diffusion model's training and sampling, whose arguments the first one sends."""
-    global share
+    """Under `torchrun` the first process returns and goes on with the script. The others stay here until it ends, and
+    take their share of what it does: again and again, one `train_edm` and one `generate` with the same arguments."""
+    global rank, num_processes
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(days=30))
-    share = slice(dist.get_rank(), None, dist.get_world_size())
-    if share.start > 0:
+    dist.init_process_group(timeout=timedelta(days=30))  # so long may an agent learn between two models
+    rank, num_processes = dist.get_rank(), dist.get_world_size()
+    while rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with contextlib.suppress(RuntimeError, RunError):  # the first process has ended
-            while True:
-                generate(train_edm(None, device=device), None)
-        sys.exit()
+        try:
+            dist.broadcast_object_list(given := [None, None, None])
+        except RuntimeError:  # the first process has ended
+            sys.exit()
+        rows, args, options = given
+        with contextlib.suppress(RunError):  # the first process has it, too
+            generate(train_edm(rows, args, device=device, **options), args.num_samples, args)
 
 
 # A decorator: torch's generators are seeded inside the function, and are afterwards as they were before it.
@@ -409,10 +412,9 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
         saved: a state that `save` got, to go on from, exactly; one of another stage is passed over.
         save: called with the state, a dict, every `save_every` steps and at the end.
         log: called with (step, {key: value}) every 500 steps."""
-    if share.step > 1:
-        given = [rows, args, starts, raw_columns, time_dim, init, saved]
-        dist.broadcast_object_list(given)
-        rows, args, starts, raw_columns, time_dim, init, saved = given
+    if num_processes > 1 and rank == 0:
+        options = dict(starts=starts, raw_columns=raw_columns, time_dim=time_dim, init=init, saved=saved)
+        dist.broadcast_object_list([rows, args, options])
     args = resolve(copy.copy(args), len(rows))
     settings = {name: value for name, value in vars(args).items() if name.startswith("diffusion_")}
     settings["rows"] = hashlib.sha256(rows.cpu().contiguous().numpy()).hexdigest()
@@ -445,10 +447,11 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
 
     def train_step():
         optimizer.zero_grad(set_to_none=device == "cuda")  # on a CPU, fresh memory costs a tenth of the step
-        loss = model.loss(x[torch.randint(len(x), (args.diffusion_batch_size,), device=device)], share)
+        batch = x[torch.randint(len(x), (args.diffusion_batch_size,), device=device)]  # the same in all processes
+        loss = model.loss(batch, slice(rank, None, num_processes))
         loss.backward()
         loss = loss.detach()
-        if share.step > 1:
+        if num_processes > 1:  # add up loss and gradients of the processes' parts
             sums = nn.utils.parameters_to_vector([loss, *(p.grad for p in params)])
             dist.all_reduce(sums)
             nn.utils.vector_to_parameters(sums, [loss, *(p.grad for p in params)])
@@ -456,13 +459,13 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
         optimizer.step()
         loss_sum.add_(loss)
 
-    train_step = cuda_graph(train_step) if device == "cuda" and share.step == 1 else train_step
+    train_step = cuda_graph(train_step) if device == "cuda" and num_processes == 1 else train_step
     bar = Bar(range(start, steps), "diffusion", initial=start, total=steps)
     for step in bar:
         lr.fill_(0.5 * args.diffusion_lr * (1 + math.cos(math.pi * step / steps)))  # annealed to 0 (Table 8)
         train_step()
         if step % 10 == 0:
-            decay = min(beta, 1 - (step - 99) ** (-2 / 3)) if step > 100 else 0.0  # ema-pytorch's, from its step 1 on
+            decay = min(beta, 1 - (step - 99) ** (-2 / 3)) if step > 100 else 0.0  # as in ema-pytorch
             torch._foreach_lerp_(ema_params, [p.detach() for p in params], 1 - decay)
         if step == steps // 10 and not is_paper:  # a tenth of the way: the early copy
             ema.early.load_state_dict(ema.denoiser.state_dict())
@@ -486,10 +489,6 @@ def train_edm(rows, args=DiffusionArgs(), *, starts=None, raw_columns=(), time_d
 def generate(model, num_samples, args=DiffusionArgs()):
     """Draw new rows from a trained model, on the device that it is on: float32 [num_samples, dim] on the CPU, in raw
     units. Those of the fast recipe are in the range of the data. RunError where one holds NaN."""
-    if share.step > 1:
-        given = [num_samples, args]
-        dist.broadcast_object_list(given)
-        num_samples, args = given
     device, args = model.mean.device, resolve(copy.copy(args), 0)
     batch_size = args.sample_batch_size or (100_000 if device.type == "cuda" else 2_000)
     sample = sample_sde if args.sampler == "sde" else lambda *x: sample_dpmpp(*x, eta=int(model.knots.numel() > 0))
@@ -497,14 +496,14 @@ def generate(model, num_samples, args=DiffusionArgs()):
     torch.manual_seed(args.diffusion_seed)
     rows = torch.zeros(num_samples, len(model.mean))
     for i, part in enumerate(Bar(rows.split(batch_size), f"sampling, {batch_size:,} rows at a time")):
-        mine = i % share.step == share.start  # of the other processes' parts, only the random numbers are drawn
-        x = sigmas[0].item() * torch.randn(part.shape, device=device)
-        x = sample(model.denoise if mine else lambda x, _: x, x, sigmas)
+        mine = i % num_processes == rank
+        denoise = model.denoise if mine else lambda x, sigma: x  # another process' part: draw its noise, no more
+        x = sample(denoise, sigmas[0].item() * torch.randn(part.shape, device=device), sigmas)
         part.copy_(model.unnormalize(x) if mine else part)
-        if not part.isfinite().all():
-            raise RunError("generated rows hold NaN or Inf: the diffusion model has diverged")
-    if share.step > 1:
-        dist.all_reduce(rows)
+    if num_processes > 1:
+        dist.all_reduce(rows)  # the parts of others are 0
+    if not rows.sum().isfinite():
+        raise RunError("generated rows hold NaN or Inf: the diffusion model has diverged")
     return rows
 
 
@@ -767,6 +766,7 @@ def main(args):
     """Train on args.data, write args.num_samples generated transitions to args.out, print the quality report. Beside
     OUT.npz stay OUT.pt, the model, and OUT.png, its histograms. OUT.checkpoint lets a stopped command go on."""
     check_args(args)
+    join_processes(args.device)
     out = Path(args.out)
     model_path, plot_path, checkpoint = (out.with_suffix(suffix) for suffix in (".pt", ".png", ".checkpoint"))
     if out.suffix != ".npz" or not out.parent.is_dir():

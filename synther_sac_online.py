@@ -15,6 +15,7 @@ comes from its samples. That is all that changes, and it lets SAC make 20 update
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -139,12 +140,10 @@ class EnsembleCritic(nn.Module):
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
-        h = x
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            if members is not None:
-                weight, bias = weight[members], bias[members]
-            h = F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape)
-            h = torch.baddbmm(bias, h, weight)
+        layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
+        h = x.expand(len(layers[0][1]), *x.shape)
+        for i, (weight, bias) in enumerate(layers):
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)
         return h.squeeze(-1)
 
 
@@ -179,7 +178,7 @@ class SAC(nn.Module):
     def update(self, batch, with_actor):
         """One step of all critics on rows [batch, dim], if asked one of actor and temperature, then one of the targets.
 
-        The critics' target is of the actor before its step, the actor's gradient of the critics before theirs. Returns
+        The target uses the actor before this step's update, and the actor's loss the critics before theirs. Returns
         both losses; the actor's is 0 if it has no step.
         """
         args = self.args
@@ -265,13 +264,16 @@ class DMC(gym.Env):
 
 
 # Copied from synther_vd4rl.choose_renderer
+@functools.cache
 def choose_renderer():
     """On Linux, where MUJOCO_GL is not set: set it to a renderer that works and needs no screen, if there is one."""
+    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return
     test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
-    for backend in ("egl", "osmesa") if sys.platform == "linux" else ():
-        trial = os.environ | {"MUJOCO_GL": backend}
-        if "MUJOCO_GL" not in os.environ and subprocess.run(test, env=trial, capture_output=True).returncode == 0:
+    for backend in ("egl", "osmesa"):
+        if subprocess.run(test, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = backend
+            return
 
 
 # Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
@@ -291,7 +293,7 @@ def make_env(name):
                 env = gym.wrappers.TimeLimit(env, 1_000)
         env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
     except Exception as error:  # an environment can fail in any way
-        hint = f" (MUJOCO_GL is {os.environ.get('MUJOCO_GL')})" if name.startswith("dmc/") else ""
+        hint = f" (MUJOCO_GL is {os.environ.get('MUJOCO_GL')})" if "gl" in str(error).lower() else ""
         raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from None
     s, a = env.observation_space, env.action_space
     is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
@@ -384,6 +386,7 @@ def main(args):
     edm.fill(args, ALGOS[args.algo] | dict(exp_name=f"synther_sac_online-{args.algo}"))
     edm.resolve(args, 0)
     edm.check_args(args)
+    edm.join_processes(args.device)  # under torchrun all but the first stay here
     if args.num_q < 2:
         raise edm.RunError(f"--num-q must be at least 2, not {args.num_q}")
     for name in ("learning_starts", "retrain_every") if args.algo == "synther" else ("learning_starts",):

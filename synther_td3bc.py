@@ -129,12 +129,10 @@ class EnsembleCritic(nn.Module):
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
-        h = x
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            if members is not None:
-                weight, bias = weight[members], bias[members]
-            h = F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape)
-            h = torch.baddbmm(bias, h, weight)
+        layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
+        h = x.expand(len(layers[0][1]), *x.shape)
+        for i, (weight, bias) in enumerate(layers):
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)
         return h.squeeze(-1)
 
 
@@ -405,6 +403,7 @@ def main(args):
     for values in [values for pattern, values in DEFAULTS.items() if re.match(pattern, args.env)]:
         edm.fill(args, values)
     edm.check_args(args)
+    edm.join_processes(args.device)  # under torchrun all but the first stay here
     if args.env.endswith((".hdf5", ".h5", ".npz")) or (args.env == "quickstart" and args.dataset_path):
         raise edm.RunError("--dataset-path names a file, --env the environment to evaluate in, such as Walker2d-v4")
     if args.data == "real" and args.synthetic_path:

@@ -19,6 +19,7 @@ without it, `python tests/paper/vd4rl_data.py` renders a small dataset of the sa
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -123,12 +124,10 @@ class EnsembleCritic(nn.Module):
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
-        h = x
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            if members is not None:
-                weight, bias = weight[members], bias[members]
-            h = F.relu(h, inplace=True) if i else x.expand(len(bias), *x.shape)
-            h = torch.baddbmm(bias, h, weight)
+        layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
+        h = x.expand(len(layers[0][1]), *x.shape)
+        for i, (weight, bias) in enumerate(layers):
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)
         return h.squeeze(-1)
 
 
@@ -425,13 +424,16 @@ class PixelEnv:
         return np.concatenate(self.images), reward, time_step.last()
 
 
+@functools.cache
 def choose_renderer():
     """On Linux, where MUJOCO_GL is not set: set it to a renderer that works and needs no screen, if there is one."""
+    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return
     test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
-    for backend in ("egl", "osmesa") if sys.platform == "linux" else ():
-        trial = os.environ | {"MUJOCO_GL": backend}
-        if "MUJOCO_GL" not in os.environ and subprocess.run(test, env=trial, capture_output=True).returncode == 0:
+    for backend in ("egl", "osmesa"):
+        if subprocess.run(test, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = backend
+            return
 
 
 # Differs from synther_td3bc.make_env: images
@@ -569,6 +571,7 @@ def main(args):
     start_time = time.time()
     edm.fill(args, dict(exp_name=f"synther_vd4rl-{args.algo}-{args.data}", nstep=3 if args.algo == "drqbc" else 1))
     edm.check_args(args)
+    edm.join_processes(args.device)  # under torchrun all but the first stay here
     if args.algo == "bc" and args.latent != "both":
         raise edm.RunError("--latent is a choice between the features of actor and critic; --algo bc has no critic")
     if args.agent_path and not (Path(args.agent_path) / "agent.pt").is_file():

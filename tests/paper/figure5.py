@@ -4,8 +4,8 @@
         --num-samples 100000 --updates 1 --eval-episodes 1          # an experiment, of which only the samples are used
     python tests/paper/figure5.py --run runs/walker2d-medium-replay-v2__... --env Walker2d-v4 --out figure5.png
 
-Distance: from a new row to the nearest row that the model was trained on, in standardised units. Error: the mean squared
-error of s' and r against the simulator, in raw units. The table shows medians, over the rows that the simulator takes.
+Distance: from a new row to the nearest row that the model was trained on, in standardised units. Error: the mean
+squared error of s' and r against the simulator, in raw units. The table shows medians over the rows that it takes.
 """
 
 import json

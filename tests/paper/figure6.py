@@ -1,10 +1,10 @@
 """Online (Figure 6): SAC with generated transitions against SAC, SAC with as many updates, and REDQ.
 
     python tests/paper/figure6.py --out online --tasks HalfCheetah-v4 --seeds 3          # hours on two cores
-    python tests/paper/figure6.py --out online --tasks dmc/reacher-hard --methods sac synther "synther, reward standardised"
+    python tests/paper/figure6.py --out online --tasks dmc/reacher-hard --methods sac synther
+    python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png          # the curves
 
-The table shows the return of the last evaluation, mean and standard deviation over seeds. `compare.py` draws the curves:
-python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png
+The table shows the return of the last evaluation, mean and standard deviation over seeds.
 """
 
 from dataclasses import dataclass

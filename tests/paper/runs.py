@@ -1,13 +1,13 @@
 """What the studies share: runs of the scripts, each made once, and environments of the DeepMind Control suite.
 
-The environments can be named as `--env runs:dmc/reacher-easy-v0` where this folder is on PYTHONPATH.
+Where this folder is on PYTHONPATH, an environment is named as `--env runs:reacher-easy-v0`.
 """
 
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import gymnasium as gym
@@ -47,13 +47,19 @@ def run(out, name, script, **options):
 
 
 def last_score(folder):
-    """The normalised score of a run's last evaluation, or a hundredth of a return that has none (of 1,000, dmc/)."""
+    """The normalised score of a run's last evaluation, or a tenth of the return, which is 1,000 at most in dmc/."""
     with np.load(folder / "final_returns.npz") as f:
         scores = f["returns"] / 10 if np.isnan(f["normalized_scores"]).any() else f["normalized_scores"]
     return scores[-1].mean()
 
 
 def at_once(workers, jobs):
-    """Call functions without arguments, `workers` at a time, in their order. Returns what they return."""
+    """Call functions without arguments, `workers` at a time, in their order. Returns what they return. After an error
+    or Ctrl-C no more are begun."""
     with ThreadPoolExecutor(workers) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [future.result() for future in futures if not future.cancelled()]

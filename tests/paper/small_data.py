@@ -11,6 +11,7 @@ the last evaluation, mean and standard deviation over the agent's seeds; those o
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +74,7 @@ def score(args, agent, name, method, size, seed):
 
 def multiplier(sizes, real, generated, draws=1_000):
     """For each size, how many times as many real rows have the score of the generated ones, and the limits of 80% of
-    the bootstrap samples of the seeds. Args: scores [sizes, seeds].
+    the bootstrap samples. These draw agents anew, not subsets or diffusion models. Args: scores [sizes, seeds].
 
     The score of real rows is interpolated over the logarithm of their number. 0 and inf: fewer, or more, than tried."""
     rng, factors = np.random.default_rng(0), []
@@ -88,15 +89,15 @@ def multiplier(sizes, real, generated, draws=1_000):
 
 
 def main(args):
-    args.out = args.out.resolve()
+    args.out, args.sizes = args.out.resolve(), sorted(args.sizes)
     args.out.mkdir(parents=True, exist_ok=True)
     at_once(args.workers, [partial(collect, args, name) for name in args.data])
     found = defaultdict(list)
     for seed in range(args.seeds):  # so that a table can be shown after each
-        cells = [(agent, name, method, size) for agent in args.agents for size in args.sizes for name in args.data
-                 for method in args.methods]  # fmt: skip
-        for cell, value in zip(cells, at_once(args.workers, [partial(score, args, *cell, seed) for cell in cells])):
-            found[cell].append(value)
+        for agent in args.agents:  # one after the other, because the second takes the samples of the first
+            cells = [(agent, *cell) for cell in product(args.data, args.methods, args.sizes)]
+            for cell, value in zip(cells, at_once(args.workers, [partial(score, args, *cell, seed) for cell in cells])):
+                found[cell].append(value)
         show(args, found)
 
 

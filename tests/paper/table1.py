@@ -4,12 +4,12 @@
     python tests/paper/table1.py --out table1                                        # 2 hours on two cores
     python tests/paper/table1.py --out table1 --data walker2d.hdf5 --env Walker2d-v4
 
-"real" are rows of the data that no model has seen. "independent" draws each column from the data for itself. "copula" is
-a Gaussian copula: it keeps the columns' distributions and the correlations of their ranks. TVAE and CTGAN are those of
-the library ctgan, with its defaults. All learn from the same half of the data.
+"real" are rows of the data that no model has seen. "independent" draws each column from the data for itself. "copula"
+is a Gaussian copula: it keeps the columns' distributions and the correlations of their ranks. TVAE and CTGAN are those
+of the library ctgan, with its defaults. All learn from the same half of the data.
 
-The columns of the table: marginal and correlation are the paper's. AUC: can a classifier tell the samples from rows that
-no model has seen? 0.5: no. Dynamics and reward are errors against the simulator. Score: TD3+BC on the samples alone.
+The columns of the table: marginal and correlation are the paper's. AUC: can a classifier tell the samples from rows
+that no model has seen? 0.5: no. Dynamics and reward are errors against the simulator. Score: TD3+BC on the samples.
 """
 
 import time
@@ -37,7 +37,7 @@ SCALES = {
 class Args:
     out: Path  # folder for samples, runs and the table
     data: str = "quickstart"  # the data
-    env: str = "HalfCheetah-v4"  # their environment
+    env: Literal["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"] = "HalfCheetah-v4"  # their environment
     true_next_obs: bool = False  # as in the scripts
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 40,000 updates
     models: tuple[str, ...] = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
@@ -105,8 +105,8 @@ def main(args):
             edm.save_atomically(path, lambda f: np.savez(f, **edm.unpack(samples, obs_dim, act_dim)))  # noqa: B023
             print(f"{name}: {len(samples):,} samples in {time.time() - start:.0f} s", flush=True)
     options = {key: SCALES[args.scale][key] for key in ("updates", "eval_every")}
-    own = dict(env=args.env, dataset_path=args.data, true_next_obs=args.true_next_obs)
-    options |= own if args.data != "quickstart" else dict(env="quickstart")
+    data_options = dict(env=args.env, dataset_path=args.data, true_next_obs=args.true_next_obs)
+    options |= data_options if args.data != "quickstart" else dict(env="quickstart")
     jobs = [partial(run, args.out, f"{name}-{seed}", "synther_td3bc.py", **options, seed=seed, num_samples=num_samples,
                     synthetic_path=str(args.out / f"{name}.npz")) for seed in range(args.seeds)
             for name in args.models]  # fmt: skip
@@ -115,11 +115,11 @@ def main(args):
     for name in args.models:
         samples = edm.load_transitions(args.out / f"{name}.npz")
         quality = edm.quality_report(rows_unseen if name != "real" else rows_seen, edm.pack(**samples))
-        true = dynamics_scores(args.env, {key: x[:5_000] for key, x in samples.items()})
+        errors = dynamics_scores(args.env, {key: x[:5_000] for key, x in samples.items()})
         scores = np.array([last_score(folder) for folder in folders if folder.parent.name.rsplit("-", 1)[0] == name])
         score = f"{scores.mean():.1f} ± {scores.std():.1f}" if len(scores) else ""
         columns = [f"{quality[key]:.3f}" for key in ("marginal", "correlation", "c2st")]
-        print(f"| {name} | {' | '.join(columns)} | {true['dynamics']:.3f} | {true['reward']:.4f} | {score} |")
+        print(f"| {name} | {' | '.join(columns)} | {errors['dynamics']:.3f} | {errors['reward']:.4f} | {score} |")
 
 
 if __name__ == "__main__":

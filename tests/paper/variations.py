@@ -1,11 +1,11 @@
-"""Variations of an experiment: larger agents (Table 3), small denoisers (Table 5), depth and plain MLPs (Table 10), half
-real data (Table 12), number of samples (Figure 9). Each is a list of runs of `synther_td3bc.py` that differ in options.
+"""Variations of an experiment: larger agents (Table 3), small denoisers (Table 5), depth and plain MLPs (Table 10),
+half real data (Table 12), number of samples (Figure 9). Each is a list of runs of `synther_td3bc.py`.
 
     python tests/paper/variations.py table12 --out variations               # on the quickstart's data: an hour
     python tests/paper/variations.py figure9 --out variations --seeds 3     # goes on where it stopped, with more seeds
 
-The table shows sample quality where a variation has its own samples, and the score of the last evaluation, mean and
-standard deviation over the agent's seeds, which share their samples.
+The table shows the quality of the samples, and the score of the last evaluation, mean and standard deviation over the
+agent's seeds, which share their samples.
 """
 
 import csv
@@ -23,8 +23,10 @@ SCALES = {
     "cpu": dict(updates=40_000, eval_every=10_000, diffusion_steps=20_000, num_samples=200_000),
     "paper": dict(updates=1_000_000, eval_every=50_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
-PAPER = dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3)  # at scale cpu: the paper's, but small
-# Of each study: label -> options. A label "... of X" takes the samples of X.
+SMALL_PAPER_RECIPE = dict(
+    diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3
+)  # at scale cpu: the paper's, but small
+# Of each study: label -> options of the script. A label "... samples of X" takes those of X.
 STUDIES = {
     "table3": {"real": dict(data="real"), "generated": {}, "real, larger agent": dict(data="real") | LARGE,
                "larger agent, samples of generated": LARGE},
@@ -32,7 +34,7 @@ STUDIES = {
     "table10": {f"depth {depth}, {kind}": dict(diffusion_depth=depth, diffusion_residual=kind == "residual")
                 for kind in ("residual", "plain") for depth in (2, 4, 6)},
     "table12": {"real": dict(data="real"), "generated": {}, "half of each": dict(data="mixed")},
-    "figure9": {"200,000": {}} | {f"{n:,}, samples of 200,000": dict(num_samples=n) for n in (100_000, 40_000, 10_000)},
+    "figure9": {"generated": {}} | {f"first 1/{k}, samples of generated": dict(share=k) for k in (2, 5, 20, 100)},
 }  # fmt: skip
 
 
@@ -51,8 +53,9 @@ def options_of(args, label, seed):
     """The options of one run. Seeds above 0 and labels "... samples of X" take the samples of another run."""
     options = dict(env=args.env, seed=seed) | SCALES[args.scale]
     options |= dict(dataset_path=args.dataset_path) if args.dataset_path else {}
-    options |= PAPER if args.study == "table10" and args.scale == "cpu" else {}
+    options |= SMALL_PAPER_RECIPE if args.study == "table10" and args.scale == "cpu" else {}
     options |= STUDIES[args.study][label]
+    options["num_samples"] //= options.pop("share", 1)
     if options.get("data") == "mixed":
         del options["num_samples"]  # as many as there are real rows
     source = label.partition("samples of ")[2] or label

@@ -58,7 +58,7 @@ class Args(edm.DiffusionArgs):
     seed: int = 0
     """seed of the agent, its batches and its evaluation; --diffusion-seed seeds subset, diffusion model and samples"""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
-    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time_in_ms} is made
     exp_name: str = "synther_edac"  # name of the experiment, part of the run folder's name
     resume: Optional[str] = None  # run folder to continue, with the arguments saved there
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
@@ -430,7 +430,7 @@ def main(args):
     if args.data == "mixed":
         args.num_samples = len(real)  # whatever was asked for
     edm.resolve(args, len(real), args.env)
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{1000 * start_time:.0f}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
     synthetic_path = Path(args.synthetic_path or run_dir / "synthetic.npz")
     rows = real if args.data == "real" else None

@@ -50,7 +50,7 @@ class Args(edm.DiffusionArgs):
     seed: int = 0
     """seed of agent, environment and evaluation; that of each diffusion model adds --diffusion-seed and the step"""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
-    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time_in_ms} is made
     exp_name: Optional[str] = None
     """name of the experiment, part of the run folder's name (default: synther_sac_online-{algo})"""
     resume: Optional[str] = None  # run folder to continue, with the arguments saved there
@@ -401,7 +401,7 @@ def main(args):
     has_score = not math.isnan(normalized_score(args.env, 0))
 
     # --- Run folder and log ---
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{1000 * start_time:.0f}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
     if args.track:
         import wandb

@@ -58,7 +58,7 @@ class Args(edm.DiffusionArgs):
     seed: int = 0
     """seed of the agent, its batches and its evaluation; --diffusion-seed is that of latents, model and samples"""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
-    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time} is made
+    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time_in_ms} is made
     exp_name: Optional[str] = None
     """name of the experiment, part of the run folder's name; None takes synther_vd4rl-{algo}-{data}"""
     resume: Optional[str] = None  # run folder to continue, with the arguments saved there
@@ -587,7 +587,7 @@ def main(args):
     if args.agent_path:
         load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # refuses one that does not fit
     edm.resolve(args, len(data["row"]), args.env, latents=True)
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{int(start_time)}")
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{1000 * start_time:.0f}")
     run_dir = Path(args.resume or Path(args.out_dir) / run_name)
 
     # --- Run folder and log ---

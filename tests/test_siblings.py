@@ -544,3 +544,14 @@ def test_unknown_renderer_ends_in_one_sentence(tmp_path, script):
     result = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "MUJOCO_GL" in line and "elg" in line and "Traceback" not in result.stderr
+
+
+def test_two_runs_of_one_second(tmp_path, monkeypatch):
+    """Two of a sweep that differ in another option than the seed. Each has its folder."""
+    path = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 50))
+    now = iter(1_800_000_000 + np.arange(100_000) / 10_000)
+    monkeypatch.setattr("time.time", lambda: next(now))
+    options = dict(env="Pendulum-v1", dataset_path=path, data="real", updates=2, eval_episodes=0, device="cpu")
+    for rate in (1e-3, 1e-4):
+        synther_td3bc.main(synther_td3bc.Args(**options, out_dir=str(tmp_path / "runs"), learning_rate=rate))
+    assert sorted(path.name[-13:-3] for path in (tmp_path / "runs").iterdir()) == 2 * ["1800000000"]

@@ -561,6 +561,7 @@ def main(args):
         updates, returns = (np.array(x) for x in zip(*evaluations))
         scores = normalized_score(env_id, returns)
         arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
+        arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # by unifloral's names
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
         mean, std = values.mean(1), values.std(1)  # over the episodes of each evaluation

@@ -562,6 +562,7 @@ def main(args):
         steps, returns = (np.array(x) for x in zip(*evaluations))
         scores = normalized_score(args.env, returns)
         arrays = dict(steps=steps, returns=returns, normalized_scores=scores)
+        arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # by unifloral's names
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         values, label = (scores, "normalised score") if has_score else (returns, "return")
         mean, std = values.mean(1), values.std(1)  # over the episodes of each evaluation

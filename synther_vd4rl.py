@@ -707,6 +707,7 @@ def main(args):
         updates, returns = (np.array(x) for x in zip(*evaluations))
         scores = normalized_score("dmc/", returns)
         arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
+        arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # by unifloral's names
         edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
         unit = "updates of stage 1, then of stage 2" if offset else "updates of stage 2"
         mean, std = scores.mean(1), scores.std(1)  # over the episodes of each evaluation

@@ -123,6 +123,7 @@ def test_run_folder_and_log(folders, script):
     assert metrics[300, "diffusion/loss"] < 1 and 0.5 < metrics[300, "diffusion/marginal"] <= 1
     with np.load(folder / "final_returns.npz") as final:
         updates, returns, scores = final["updates"].tolist(), final["returns"], final["normalized_scores"]
+        assert np.array_equal(final["final_returns"], returns[-1]) and np.array_equal(final["final_scores"], scores[-1])
     assert updates == [0, 100, 200] and returns.shape == (3, 2)
     np.testing.assert_allclose(scores, script.normalized_score("HalfCheetah-v4", returns))
     for i, update in enumerate(updates):

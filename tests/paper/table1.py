@@ -28,7 +28,7 @@ from runs import at_once, last_score, run
 import edm
 
 SCALES = {
-    "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=40_000, eval_every=10_000),
+    "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=20_000, eval_every=5_000),
     "paper": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_every=50_000),
 }
 
@@ -39,7 +39,7 @@ class Args:
     data: str = "quickstart"  # the data
     env: Literal["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"] = "HalfCheetah-v4"  # their environment
     true_next_obs: bool = False  # as in the scripts
-    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 40,000 updates
+    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 20,000 updates
     models: tuple[str, ...] = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
     seeds: int = 1  # agents on each model's samples; 0: none
     workers: int = 2  # agents at a time, one thread each

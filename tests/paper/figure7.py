@@ -1,4 +1,4 @@
-"""Several environments together (Figure 7): interquartile mean, and how probably one kind of run is better than another.
+"""Several environments together (Figure 7): interquartile mean, and how probably one kind of run beats another.
 
     pip install -r tests/paper/requirements-figure7.txt
     python tests/paper/figure7.py --new runs/*generated* --old runs/*real*

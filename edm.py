@@ -56,17 +56,17 @@ class DiffusionArgs:
 
     diffusion_steps: Optional[int] = None  # training steps of the diffusion model (paper: 100,000)
     diffusion_recipe: Optional[Literal["paper", "fast"]] = None  # default: below 100,000 steps fast, which is ours
-    diffusion_width: Optional[int] = None  # units per block (paper: 1024, for three 2048; fast: 256, from pixels 512)
+    diffusion_width: Optional[int] = None  # units per block (paper: 1024, three sets 2048; fast: 256, from pixels 512)
     diffusion_depth: Optional[int] = None  # blocks of the denoiser (paper: 6; fast: 3)
     diffusion_residual: bool = True  # residual blocks; without, a plain MLP (Table 10)
     diffusion_batch_size: Optional[int] = None  # rows per step (paper: 256, from 800,000 rows on 1024; fast: 256)
-    diffusion_lr: Optional[float] = None  # first learning rate, of a cosine (paper: 3e-4; fast: 2e-3, from pixels 1e-3)
+    diffusion_lr: Optional[float] = None  # falls along a cosine (paper: from 3e-4; fast: 2e-3, from pixels 1e-3)
     diffusion_seed: int = 0  # seed of the diffusion model and its samples
-    sampler: Literal["dpmpp", "sde"] = "dpmpp"  # DPM-Solver++(2M), or the paper's, which takes twice the time per step
+    sampler: Literal["dpmpp", "sde"] = "dpmpp"  # dpmpp: DPM-Solver++(2M); sde: the paper's stochastic Heun (Table 9)
     sample_steps: Optional[int] = None  # noise levels of the sampler (default: 32; with sde 128, the paper's)
     num_samples: Optional[int] = None  # transitions to generate (paper: 5,000,000; online 1,000,000)
     sample_batch_size: Optional[int] = None  # rows at a time (default: 2,000 on a CPU; on a GPU 100,000, as the paper)
-    terminals: Optional[Literal["column", "classifier"]] = None  # d above 0.5 (paper), or a decision tree's (fast)
+    terminals: Optional[Literal["column", "classifier"]] = None  # column: d > 0.5 (paper); classifier: a tree's (fast)
 
 
 RECIPES = {
@@ -645,20 +645,21 @@ def download_d4rl(name):
     files = [file, file.replace("_fixed", "")] if "hardest" in file else [file]
     for url in [address.format(folder=folder, file=f) for f in files for address in D4RL_ADDRESSES]:
         path = cache / url.split("/")[-1]
+        temporary = cache / f"{path.name}.{os.getpid()}.tmp"
         if path.exists():
             return path
         print(f"downloading {url}", "" if path.name == file else "(episodes' ends not corrected)", file=sys.stderr)
         try:
             socket.setdefaulttimeout(60)  # seconds without an answer
-            torch.hub.download_url_to_file(url, str(path))
-            with h5py.File(path) as f:  # an error page or half a file fails here
+            torch.hub.download_url_to_file(url, str(temporary))
+            with h5py.File(temporary) as f:  # an error page or half a file fails here
                 f["observations"]
-            return path
+            return temporary.replace(path)
         except Exception as error:  # no network, not found, broken off, ...
             print(f"failed: {error}", file=sys.stderr)
-            path.unlink(missing_ok=True)
         finally:
             socket.setdefaulttimeout(None)
+            temporary.unlink(missing_ok=True)
     raise RunError(f"cannot download {name}: put it at {cache / file}, take your own (maze_data.py) or `quickstart`")
 
 
@@ -667,9 +668,8 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
     row's s. The last row, and those that end an episode by its time limit, have none and are left out. In terminal rows
     s' is the next episode's first observation: Q-learning masks it, but the diffusion model learns it.
 
-    `raw` is a dict of arrays [N, ...] by D4RL's names. `timeouts` and `next_observations` may be missing. Without
-    `timeouts`, episodes are cut after `max_episode_steps`. With `true_next_obs`, terminal rows get the s' in
-    `next_observations`; RunError if there are none."""
+    `raw` is a dict of arrays [N, ...] by D4RL's names. Without `timeouts`, episodes are cut after `max_episode_steps`.
+    With `true_next_obs`, terminal rows get the s' in `next_observations`; RunError if there are none."""
     terminals = raw["terminals"].reshape(-1) > 0.5
     if "timeouts" in raw:
         timeouts = raw["timeouts"].reshape(-1) > 0.5

@@ -152,7 +152,7 @@ class EnsembleCritic(nn.Module):
         layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
         h = x.expand(len(layers[0][1]), *x.shape)
         for i, (weight, bias) in enumerate(layers):
-            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)  # in place is faster
         return h.squeeze(-1)
 
 

@@ -103,7 +103,7 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         convolutions = [nn.Conv2d(9, 32, 3, stride=2)] + [nn.Conv2d(32, 32, 3) for _ in range(3)]
-        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU()))
+        layers = (layer for conv in convolutions for layer in (conv, nn.ReLU(inplace=True)))
         self.net = nn.Sequential(*layers, nn.Flatten())
 
     def forward(self, images):
@@ -127,7 +127,7 @@ class EnsembleCritic(nn.Module):
         layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
         h = x.expand(len(layers[0][1]), *x.shape)
         for i, (weight, bias) in enumerate(layers):
-            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)
+            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)  # in place is faster
         return h.squeeze(-1)
 
 

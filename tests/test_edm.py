@@ -1062,17 +1062,8 @@ def test_two_processes_equal_one(tmp_path):
     """Model and samples, to rounding, where batches and samples divide unevenly. When torchrun gets SIGTERM, the first
     process saves. The same command then ends as the one that was never stopped."""
     write(tmp_path / "data.npz", transitions(300))
-    words = [
-        "--data",
-        "data.npz",
-        "--diffusion-steps",
-        "200",
-        "--diffusion-width",
-        "16",
-        "--diffusion-batch-size",
-        "25",
-    ]
-    words += ["--num-samples", "950", "--sample-batch-size", "200", "--sample-steps", "8", "--device", "cpu", "--out"]
+    words = "--data data.npz --diffusion-steps 200 --diffusion-width 16 --diffusion-batch-size 25 --num-samples 950"
+    words = [*words.split(), *"--sample-batch-size 200 --sample-steps 8 --device cpu --out".split()]
     two, stopped = (torchrun(edm.__file__, *words, name, cwd=tmp_path) for name in ("two.npz", "stopped.npz"))
     for line in stopped.stdout:
         if line.startswith("diffusion"):  # the progress bar

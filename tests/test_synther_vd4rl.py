@@ -249,11 +249,23 @@ def test_no_renderer(monkeypatch):
     """Where neither way of rendering works, the message names the packages, and nothing is set."""
     monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 1))
+    tried, working = [], []
+
+    def run(*args, env, **options):
+        tried.append(env["MUJOCO_GL"])
+        return subprocess.CompletedProcess(args, env["MUJOCO_GL"] not in working)
+
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(synther_vd4rl, "PixelEnv", lambda task: {}["no OpenGL"])
-    with pytest.raises(edm.RunError, match="libegl1.*libosmesa6.*--eval-episodes 0"):
-        synther_vd4rl.make_env("walker-walk")
-    assert "MUJOCO_GL" not in os.environ
+    synther_vd4rl.choose_renderer.cache_clear()
+    for _ in range(2):  # the second time it is known
+        with pytest.raises(edm.RunError, match="libegl1.*libosmesa6.*--eval-episodes 0"):
+            synther_vd4rl.make_env("walker-walk")
+    assert "MUJOCO_GL" not in os.environ and tried == ["egl", "osmesa"]
+    working.append("osmesa")
+    synther_vd4rl.choose_renderer.cache_clear()
+    synther_vd4rl.choose_renderer()
+    assert os.environ["MUJOCO_GL"] == "osmesa"
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,7 @@ SCALES = {
     "cpu": dict(updates=40_000, eval_every=10_000, diffusion_steps=20_000, num_samples=200_000),
     "paper": dict(updates=1_000_000, eval_every=50_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
-SMALL_PAPER_RECIPE = dict(
-    diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3
-)  # at scale cpu: the paper's, but small
+SMALL_PAPER_RECIPE = dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3)  # at scale cpu
 # Of each study: label -> options of the script. A label "... samples of X" takes those of X.
 STUDIES = {
     "table3": {"real": dict(data="real"), "generated": {}, "real, larger agent": dict(data="real") | LARGE,

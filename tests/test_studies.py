@@ -1,6 +1,7 @@
 """The parts of the studies (tests/paper) that could give a wrong figure without an error."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,9 @@ import json, pathlib, sys, numpy as np
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if "--resume" in words:
     folder = pathlib.Path(words["--resume"])
-    np.savez(folder / "final_returns.npz", returns=[[1.0], [20.0, ]], normalized_scores=[[np.nan], [np.nan]])
+    np.savez(folder / "final_returns.npz")
+    lines = "step,key,value", "1,eval/return_mean,1", "2,eval/return_mean,20", "2,eval/normalized_score,nan", "2,perf/x,3"
+    (folder / "metrics.csv").write_text("\\n".join(lines))
 else:  # as if stopped at once
     folder = pathlib.Path(words["--out-dir"]) / "env__name__0__1"
     folder.mkdir()
@@ -33,13 +36,25 @@ else:  # as if stopped at once
 def test_run_is_made_once_and_goes_on(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     folder = runs.run(tmp_path, "one", tmp_path / "script.py", seed=3)
-    assert json.loads((folder / "args.json").read_text()) == {"seed": 3} and runs.last_score(folder) == 2.0
+    assert json.loads((folder / "args.json").read_text()) == {"seed": 3}
     (tmp_path / "script.py").write_text("raise SystemExit(2)")
     assert runs.run(tmp_path, "one", tmp_path / "script.py", seed=3) == folder
     with pytest.raises(SystemExit, match="was made with another seed"):
         runs.run(tmp_path, "one", tmp_path / "script.py", seed=4)
     with pytest.raises(SystemExit, match="two has failed"):
         runs.run(tmp_path, "two", tmp_path / "script.py", seed=3)
+
+
+def test_results_outlive_their_runs(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    script = str(tmp_path / "script.py")
+    values = runs.result(tmp_path, "one", script, seed=3)
+    assert values["return_mean"] == 20 and values["score"] == 2 and "x" not in values
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "script.py").unlink()
+    assert runs.result(tmp_path, "one", script, seed=3)["score"] == 2
+    with pytest.raises(SystemExit, match="has another one"):
+        runs.result(tmp_path, "one", script, seed=4)
 
 
 def test_no_job_begins_after_an_error():

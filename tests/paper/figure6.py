@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from runs import at_once, run
+from runs import at_once, result
 
 METHODS = {
     "sac": dict(algo="sac"),
@@ -43,20 +43,19 @@ class Args:
 def main(args):
     args.out = args.out.resolve()
 
+    args.out.mkdir(parents=True, exist_ok=True)
+
     def job(task, method, seed):
-        name = f"{task.replace('/', '-')} {method} {seed}"
-        return run(
-            args.out, name, "synther_sac_online.py", env=task, seed=seed, **SCALES[args.scale], **METHODS[method]
-        )
+        options = dict(env=task, seed=seed, **SCALES[args.scale], **METHODS[method])
+        return result(args.out, f"{task.replace('/', '-')} {method} {seed}", "synther_sac_online.py", **options)
 
     cells = [(seed, task, method) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
-    folders = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))
+    found = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))
     print(f"| | {' | '.join(args.tasks)} |\n|---{'|---' * len(args.tasks)}|")
     for method in args.methods:
         columns = []
         for task in args.tasks:
-            finals = [np.load(folders[seed, task, method] / "final_returns.npz") for seed in range(args.seeds)]
-            returns = np.array([final["returns"][-1].mean() for final in finals])
+            returns = np.array([found[seed, task, method]["return_mean"] for seed in range(args.seeds)])
             columns.append(f"{returns.mean():,.0f} ± {returns.std():,.0f}")
         print(f"| {method} | {' | '.join(columns)} |")
 

@@ -1,10 +1,12 @@
 """Several environments together (Figure 7): interquartile mean, and how probably one kind of run beats another.
 
     pip install -r tests/paper/requirements-figure7.txt
-    python tests/paper/figure7.py --new runs/*generated* --old runs/*real*
+    python tests/paper/figure7.py runs/* --by data --new synther --old real
+    python tests/paper/figure7.py tests/paper/results/small_data.jsonl --by data --new synther --old real
 
-An environment counts if both kinds have run there, with as many seeds as the rarest pair has. Scores are those of the
-last evaluation. The intervals are 95% bootstrap intervals over seeds, by the library rliable (Agarwal et al. 2021).
+A task is an environment, its data, their number, the augmentation, the script and the name of the experiment. It counts
+if both kinds have run there, with as many seeds as the task with the fewest has. Scores are those of the last
+evaluation. The intervals are 95% bootstrap intervals over seeds, by the library rliable (Agarwal et al. 2021).
 """
 
 import json
@@ -12,39 +14,44 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
 from rliable import library, metrics
-from runs import last_score
+from runs import last_values
 
 
 @dataclass
 class Args:
-    new: tuple[Path, ...]  # run folders of one kind, such as those on generated data
-    old: tuple[Path, ...]  # run folders of the other kind
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, or the results.jsonl of other studies
+    by: str  # the argument in which the two kinds differ, such as data or algo
+    new: str  # its value for one kind
+    old: str  # its value for the other
     draws: int = 5_000  # of the bootstrap
 
 
-def scores_of(folders):
-    """{environment: the scores of its finished runs}."""
-    found = defaultdict(list)
-    for folder in folders:
-        if (folder / "final_returns.npz").exists():
-            found[json.loads((folder / "args.json").read_text())["env"]].append(last_score(folder))
-    return found
+def scores_of(path):
+    """(value of arguments, score) of each finished run at a path."""
+    if path.suffix == ".jsonl":
+        for entry in map(json.loads, path.read_text().splitlines()):
+            yield entry, entry["values"]["score"]
+    elif (path / "final_returns.npz").exists():
+        yield json.loads((path / "args.json").read_text()), last_values(path)["score"]
 
 
 def main(args):
-    new, old = scores_of(args.new), scores_of(args.old)
-    envs = sorted(set(new) & set(old))
-    if not envs:
-        sys.exit("error: no environment has finished runs of both kinds")
-    seeds = min(len(kind[env]) for kind in (new, old) for env in envs)
-    new, old = (np.array([kind[env][:seeds] for env in envs]).T for kind in (new, old))  # [seeds, environments]
-    print(
-        f"{len(envs)} environments ({', '.join(envs)}), {seeds} seeds\n\n| | interquartile mean | 95% |\n|---|---|---|"
-    )
+    keys = [key for key in ("script", "exp_name", "env", "dataset_path", "subsample", "augment") if key != args.by]
+    found = defaultdict(list)  # (value of --by, task) -> scores
+    for settings, score in (pair for path in args.paths for pair in scores_of(path)):
+        settings.setdefault("augment", "none")
+        found[str(settings.get(args.by)), tuple(str(settings.get(key)) for key in keys)].append(score)
+    tasks = sorted({task for _, task in found if {(args.new, task), (args.old, task)} <= set(found)})
+    if not tasks:
+        sys.exit("error: no task has finished runs of both kinds")
+    seeds = min(len(found[kind, task]) for kind in (args.new, args.old) for task in tasks)
+    new, old = (np.array([found[kind, task][:seeds] for task in tasks]).T for kind in (args.new, args.old))
+    print(f"{len(tasks)} tasks, {seeds} seeds\n\n| | interquartile mean | 95% |\n|---|---|---|")
     iqm = lambda scores: np.array([metrics.aggregate_iqm(scores)])  # noqa: E731
     values, limits = library.get_interval_estimates({"new": new, "old": old}, iqm, reps=args.draws)
     for name in values:

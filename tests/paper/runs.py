@@ -3,6 +3,7 @@
 Where this folder is on PYTHONPATH, an environment is named as `--env runs:reacher-easy-v0`.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -17,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/paper")])}
 
-gym.register("reacher-easy-v0", "synther_sac_online:DMC", max_episode_steps=1000,
-             kwargs=dict(domain="reacher", task="easy"))  # fmt: skip
+for domain, task in (("cartpole", "swingup"), ("reacher", "easy")):
+    kwargs = dict(domain=domain, task=task)
+    gym.register(f"{domain}-{task}-v0", "synther_sac_online:DMC", max_episode_steps=1000, kwargs=kwargs)
 
 
 def run(out, name, script, **options):
     """The folder of a finished run of a script with these options, in out/name. It is made if it is not there, and goes
-    on if it was stopped. The program ends if it was made with other options."""
+    on if it was stopped. Paths among the options are relative to `out`. The program ends if it was made with others."""
     made = sorted((out / name).glob("*/args.json"))
     if made:
         folder, saved = made[-1].parent, json.loads(made[-1].read_text())
@@ -34,23 +36,49 @@ def run(out, name, script, **options):
         words = ["--resume", folder]
     else:
         (out / name).mkdir(parents=True, exist_ok=True)
-        words = ["--out-dir", out / name]
+        words = ["--out-dir", name]
         for key, value in options.items():
-            flag = f"--{'no-' if value is False else ''}{key.replace('_', '-')}"
-            words += [flag] if isinstance(value, bool) else [flag, value]
+            flag, is_flag = key.replace("_", "-"), isinstance(value, bool) and key != "standardize_reward"  # or None
+            words += [f"--{'' if value else 'no-'}{flag}"] if is_flag else [f"--{flag}", value]
     print(f"{name}: {script} {' '.join(map(str, words))}", flush=True)
     with open(out / name / "log.txt", "a") as log:
         command = [sys.executable, ROOT / script, *map(str, words)]
-        if subprocess.run(command, env=ENVIRON, stdout=log, stderr=log).returncode != 0:
+        if subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log).returncode != 0:
             sys.exit(f"error: {name} has failed, see {log.name}")
     return run(out, name, script, **options)
 
 
-def last_score(folder):
-    """The normalised score of a run's last evaluation, or a tenth of the return, which is 1,000 at most in dmc/."""
-    with np.load(folder / "final_returns.npz") as f:
-        scores = f["returns"] / 10 if np.isnan(f["normalized_scores"]).any() else f["normalized_scores"]
-    return scores[-1].mean()
+def result(out, name, script, samples_of=None, **options):
+    """The last logged values of a run: {"return_mean": ..., "marginal": ...}. They are in out/results.jsonl, with the
+    options, so that results outlive their runs. The run is made if they are not. `samples_of`: the name and options of
+    a run of the same script or another, (name, script, options), whose samples this one takes."""
+    own = dict(name=name, script=script, **options) | (dict(samples_of=samples_of[0]) if samples_of else {})
+    own |= dict(dataset_path=Path(options["dataset_path"]).name) if "dataset_path" in options else {}
+    path = out / "results.jsonl"
+    for entry in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        if entry["name"] == name:
+            values = entry.pop("values")
+            if entry != own:
+                sys.exit(f"error: {path} has another {name}: {entry}")
+            return values
+    if samples_of:
+        name_of_samples, script_of_samples, options_of_samples = samples_of
+        folder = run(out, name_of_samples, script_of_samples, **options_of_samples)
+        options["synthetic_path"] = str((folder / "synthetic.npz").relative_to(out))
+    values = last_values(run(out, name, script, **options))
+    with open(path, "a") as f:
+        f.write(json.dumps(own | dict(values=values)) + "\n")
+    return values
+
+
+def last_values(folder):
+    """The last logged evaluation and sample quality of a run, and as "score" the normalised score of this evaluation,
+    or a tenth of the return where there is none, which is 1,000 at most in dmc/."""
+    with open(folder / "metrics.csv") as f:
+        logged = {row["key"]: float(row["value"]) for row in csv.DictReader(f)}
+    values = {key.split("/")[1]: round(value, 4) for key, value in logged.items()
+              if key.startswith(("eval/", "diffusion/")) and np.isfinite(value)}  # fmt: skip
+    return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
 
 
 def at_once(workers, jobs):

@@ -5,7 +5,8 @@ augmented ones. And the data multiplier: how many real rows give the score that 
     python tests/paper/small_data.py --out small_data --seeds 5             # goes on where it stopped, with more seeds
 
 The data are replay buffers of SAC agents that `synther_sac_online.py` collects. The table shows the normalised score of
-the last evaluation, mean and standard deviation over the agent's seeds; those of a cell share their samples.
+the last evaluation, mean and standard deviation over seeds. Each seed has its own subset of the rows, diffusion model
+and agent.
 """
 
 from collections import defaultdict
@@ -18,16 +19,14 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import at_once, last_score, run
-
-import edm
+from runs import at_once, result, run
 
 # Name of the data: the environment to collect them in, the environment steps, and the environment to evaluate in.
 DATA = {
-    "halfcheetah": ("HalfCheetah-v4", 40_000, "HalfCheetah-v4"),  # these come with the repository
-    "hopper": ("Hopper-v4", 50_000, "Hopper-v4"),
-    "walker2d": ("Walker2d-v4", 80_000, "Walker2d-v4"),
-    "reacher": ("dmc/reacher-easy", 40_000, "runs:reacher-easy-v0"),
+    "halfcheetah": ("HalfCheetah-v4", 40_000, "quickstart"),  # its data come with the repository
+    "hopper": ("Hopper-v4", 100_000, "Hopper-v4"),
+    "walker2d": ("Walker2d-v4", 100_000, "Walker2d-v4"),
+    "cartpole": ("dmc/cartpole-swingup", 30_000, "runs:cartpole-swingup-v0"),
 }
 SCALES = {
     "cpu": dict(updates=40_000, eval_every=10_000, diffusion_steps=10_000, num_samples=100_000),
@@ -41,7 +40,7 @@ class Args:
     out: Path  # folder for the runs, the table and the picture
     scale: Literal["cpu", "paper"] = "cpu"
     """cpu: 40,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
-    seeds: int = 3  # of the agent
+    seeds: int = 3  # of the rows, the diffusion model and the agent
     data: tuple[str, ...] = tuple(DATA)
     sizes: tuple[int, ...] = (2_500, 5_000, 10_000, 20_000)
     methods: tuple[str, ...] = ("real", "generated")  # and additive, multiplicative, dynamics
@@ -49,32 +48,32 @@ class Args:
     workers: int = 2  # runs at a time, one thread each
 
 
-def path_of(args, name):
-    return edm.BUNDLED if name == "halfcheetah" else args.out / f"{name}.hdf5"
-
-
 def collect(args, name):
     """Make the file of a replay buffer, if it is not there."""
     env, steps, _ = DATA[name]
-    path = path_of(args, name)
-    options = dict(env=env, algo="sac", total_steps=steps, eval_every=10_000, save_dataset=str(path))
-    if not path.exists():
+    if name != "halfcheetah" and not (args.out / f"{name}.hdf5").exists():
+        options = dict(env=env, algo="sac", total_steps=steps, eval_every=10_000, save_dataset=f"{name}.hdf5")
         run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
 
 
 def score(args, agent, name, method, size, seed):
-    """The last score of one agent. Seeds above 0 learn from the samples of seed 0."""
-    options = dict(env=DATA[name][2], dataset_path=str(path_of(args, name)), subsample=float(size), seed=seed)
-    options |= SCALES[args.scale] | METHODS[method] | dict(data="synther" if method == "generated" else "real")
-    if method == "generated" and (seed > 0 or agent != args.agents[0]):
-        (samples,) = (args.out / f"{args.agents[0]}-{name}-generated-{size}-0").glob("*/synthetic.npz")
-        options["synthetic_path"] = str(samples)
-    return last_score(run(args.out, f"{agent}-{name}-{method}-{size}-{seed}", f"synther_{agent}.py", **options))
+    """The last score of one agent. Each seed has its own rows and diffusion model; all agents take the samples of the
+    first."""
+
+    def run_of(agent):
+        options = dict(env=DATA[name][2], subsample=float(size), seed=seed, diffusion_seed=seed)
+        options |= SCALES[args.scale] | METHODS[method] | dict(data="synther" if method == "generated" else "real")
+        options |= {} if name == "halfcheetah" else dict(dataset_path=f"{name}.hdf5")
+        return f"{agent}-{name}-{method}-{size}-{seed}", f"synther_{agent}.py", options
+
+    own_name, script, options = run_of(agent)
+    samples_of = run_of(args.agents[0]) if method == "generated" and agent != args.agents[0] else None
+    return result(args.out, own_name, script, samples_of, **options)["score"]
 
 
 def multiplier(sizes, real, generated, draws=1_000):
     """For each size, how many times as many real rows have the score of the generated ones, and the limits of 80% of
-    the bootstrap samples. These draw agents anew, not subsets or diffusion models. Args: scores [sizes, seeds].
+    the bootstrap samples over seeds. Args: scores [sizes, seeds].
 
     The score of real rows is interpolated over the logarithm of their number. 0 and inf: fewer, or more, than tried."""
     rng, factors = np.random.default_rng(0), []

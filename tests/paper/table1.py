@@ -23,7 +23,7 @@ import scipy.stats
 import torch
 import tyro
 from dynamics import dynamics_scores
-from runs import at_once, last_score, run
+from runs import at_once, result
 
 import edm
 
@@ -105,19 +105,20 @@ def main(args):
             edm.save_atomically(path, lambda f: np.savez(f, **edm.unpack(samples, obs_dim, act_dim)))  # noqa: B023
             print(f"{name}: {len(samples):,} samples in {time.time() - start:.0f} s", flush=True)
     options = {key: SCALES[args.scale][key] for key in ("updates", "eval_every")}
-    data_options = dict(env=args.env, dataset_path=args.data, true_next_obs=args.true_next_obs)
+    path = Path(args.data)
+    data_options = dict(dataset_path=str(path.resolve()) if path.exists() else args.data)
+    data_options |= dict(env=args.env, true_next_obs=args.true_next_obs)
     options |= data_options if args.data != "quickstart" else dict(env="quickstart")
-    jobs = [partial(run, args.out, f"{name}-{seed}", "synther_td3bc.py", **options, seed=seed, num_samples=num_samples,
-                    synthetic_path=str(args.out / f"{name}.npz")) for seed in range(args.seeds)
-            for name in args.models]  # fmt: skip
-    folders = at_once(args.workers, jobs)
+    jobs = [partial(result, args.out, f"{name}-{seed}", "synther_td3bc.py", **options, seed=seed,
+                    num_samples=num_samples, synthetic_path=f"{name}.npz") for name in args.models
+            for seed in range(args.seeds)]  # fmt: skip
+    scores = np.array([values["score"] for values in at_once(args.workers, jobs)]).reshape(-1, args.seeds)
     print("| model | marginal | correlation | AUC | dynamics | reward | score |\n|---|---|---|---|---|---|---|")
-    for name in args.models:
+    for name, own in zip(args.models, scores):
         samples = edm.load_transitions(args.out / f"{name}.npz")
         quality = edm.quality_report(rows_unseen if name != "real" else rows_seen, edm.pack(**samples))
         errors = dynamics_scores(args.env, {key: x[:5_000] for key, x in samples.items()})
-        scores = np.array([last_score(folder) for folder in folders if folder.parent.name.rsplit("-", 1)[0] == name])
-        score = f"{scores.mean():.1f} ± {scores.std():.1f}" if len(scores) else ""
+        score = f"{own.mean():.1f} ± {own.std():.1f}" if len(own) else ""
         columns = [f"{quality[key]:.3f}" for key in ("marginal", "correlation", "c2st")]
         print(f"| {name} | {' | '.join(columns)} | {errors['dynamics']:.3f} | {errors['reward']:.4f} | {score} |")
 

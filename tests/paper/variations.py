@@ -8,15 +8,14 @@ The table shows the quality of the samples, and the score of the last evaluation
 agent's seeds, which share their samples.
 """
 
-import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 import numpy as np
 import tyro
-from runs import at_once, last_score, run
+from runs import at_once, result
 
 LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
 SCALES = {
@@ -32,7 +31,7 @@ STUDIES = {
     "table10": {f"depth {depth}, {kind}": dict(diffusion_depth=depth, diffusion_residual=kind == "residual")
                 for kind in ("residual", "plain") for depth in (2, 4, 6)},
     "table12": {"real": dict(data="real"), "generated": {}, "half of each": dict(data="mixed")},
-    "figure9": {"generated": {}} | {f"first 1/{k}, samples of generated": dict(share=k) for k in (2, 5, 20, 100)},
+    "figure9": {"generated": {}} | {f"one in {k}, samples of generated": dict(share=k) for k in (2, 5, 20, 100)},
 }  # fmt: skip
 
 
@@ -41,34 +40,22 @@ class Args:
     study: Annotated[Literal["table3", "table5", "table10", "table12", "figure9"], tyro.conf.Positional]
     out: Path  # folder for the runs
     env: str = "quickstart"  # and --dataset-path: as in the scripts
-    dataset_path: str = ""
+    dataset_path: Optional[Path] = None
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 200,000 samples, 40,000 updates
     seeds: int = 1  # of the agent
     workers: int = 2  # runs at a time, one thread each
 
 
 def options_of(args, label, seed):
-    """The options of one run. Seeds above 0 and labels "... samples of X" take the samples of another run."""
+    """The options of one run."""
     options = dict(env=args.env, seed=seed) | SCALES[args.scale]
-    options |= dict(dataset_path=args.dataset_path) if args.dataset_path else {}
+    options |= dict(dataset_path=str(args.dataset_path.resolve())) if args.dataset_path else {}
     options |= SMALL_PAPER_RECIPE if args.study == "table10" and args.scale == "cpu" else {}
     options |= STUDIES[args.study][label]
     options["num_samples"] //= options.pop("share", 1)
     if options.get("data") == "mixed":
         del options["num_samples"]  # as many as there are real rows
-    source = label.partition("samples of ")[2] or label
-    if options.get("data") != "real" and (seed > 0 or source != label):
-        (samples,) = (args.out / f"{source}-0").glob("*/synthetic.npz")
-        options["synthetic_path"] = str(samples)
     return options
-
-
-def quality(folder):
-    """The last logged quality of the samples of a run, for the table."""
-    with open(folder / "metrics.csv") as f:
-        values = {row["key"]: float(row["value"]) for row in csv.DictReader(f)}
-    return [f"{values[f'diffusion/{key}']:.3f}" if f"diffusion/{key}" in values else "" for key in
-            ("marginal", "correlation", "c2st")]  # fmt: skip
 
 
 def main(args):
@@ -76,18 +63,23 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
 
     def job(label, seed):
-        return run(args.out, f"{label}-{seed}", "synther_td3bc.py", **options_of(args, label, seed))
+        """Seeds above 0 and labels "... samples of X" take the samples of another run."""
+        options, source, samples_of = options_of(args, label, seed), label.partition("samples of ")[2] or label, None
+        if options.get("data") != "real" and (seed > 0 or source != label):
+            samples_of = f"{source}-0", "synther_td3bc.py", options_of(args, source, 0)
+        return result(args.out, f"{label}-{seed}", "synther_td3bc.py", samples_of, **options)
 
-    labels, folders = STUDIES[args.study], {}
+    labels, found = STUDIES[args.study], {}
     own = [label for label in labels if "samples of" not in label]
     for seed in range(args.seeds):
         for some in own, [label for label in labels if label not in own]:
-            made = at_once(args.workers, [partial(job, label, seed) for label in some])
-            folders |= {(label, seed): folder for label, folder in zip(some, made)}
+            values = at_once(args.workers, [partial(job, label, seed) for label in some])
+            found |= {(label, seed): value for label, value in zip(some, values)}
     print("| | marginal | correlation | AUC | score |\n|---|---|---|---|---|")
     for label in labels:
-        scores = np.array([last_score(folders[label, seed]) for seed in range(args.seeds)])
-        print(f"| {label} | {' | '.join(quality(folders[label, 0]))} | {scores.mean():.1f} ± {scores.std():.1f} |")
+        scores = np.array([found[label, seed]["score"] for seed in range(args.seeds)])
+        quality = [found[label, 0].get(key, "") for key in ("marginal", "correlation", "c2st")]
+        print(f"| {label} | {' | '.join(map(str, quality))} | {scores.mean():.1f} ± {scores.std():.1f} |")
 
 
 if __name__ == "__main__":

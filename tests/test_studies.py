@@ -24,8 +24,9 @@ words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if "--resume" in words:
     folder = pathlib.Path(words["--resume"])
     np.savez(folder / "final_returns.npz")
-    lines = "step,key,value", "1,eval/return_mean,1", "2,eval/return_mean,20", "2,eval/normalized_score,nan", "2,perf/x,3"
-    (folder / "metrics.csv").write_text("\\n".join(lines))
+    returns = "".join(f"{i},eval/return_mean,{x}\\n" for i, x in enumerate([100, 10, 20, 30]))
+    (folder / "metrics.csv").write_text(
+        "step,key,value\\n" + returns + "3,eval/normalized_score,nan\\n3,diffusion/c2st,0.6\\n3,perf/x,3\\n")
 else:  # as if stopped at once
     folder = pathlib.Path(words["--out-dir"]) / "env__name__0__1"
     folder.mkdir()
@@ -49,7 +50,7 @@ def test_results_outlive_their_runs(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     script = str(tmp_path / "script.py")
     values = runs.result(tmp_path, "one", script, seed=3)
-    assert values["return_mean"] == 20 and values["score"] == 2 and "x" not in values
+    assert values == dict(return_mean=20, score=2, c2st=0.6)  # of the last three evaluations
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "script.py").unlink()
     assert runs.result(tmp_path, "one", script, seed=3)["score"] == 2

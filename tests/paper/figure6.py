@@ -4,7 +4,7 @@
     python tests/paper/figure6.py --out online --tasks dmc/reacher-hard --methods sac synther
     python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png          # the curves
 
-The table shows the return of the last evaluation, mean and standard deviation over seeds.
+The table shows the return, mean of the last three evaluations, and its standard deviation over seeds.
 """
 
 from dataclasses import dataclass

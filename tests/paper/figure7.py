@@ -5,8 +5,8 @@
     python tests/paper/figure7.py tests/paper/results/small_data.jsonl --by data --new synther --old real
 
 A task is an environment, its data, their number, the augmentation, the script and the name of the experiment. It counts
-if both kinds have run there, with as many seeds as the task with the fewest has. Scores are those of the last
-evaluation. The intervals are 95% bootstrap intervals over seeds, by the library rliable (Agarwal et al. 2021).
+if both kinds have run there, with as many seeds as the task with the fewest has. Scores are means of the
+last three evaluations. The intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
 """
 
 import json

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def run(out, name, script, **options):
 
 
 def result(out, name, script, samples_of=None, **options):
-    """The last logged values of a run: {"return_mean": ..., "marginal": ...}. They are in out/results.jsonl, with the
+    """What `last_values` says of a run: {"return_mean": ..., "marginal": ...}. They are in out/results.jsonl, with the
     options, so that results outlive their runs. The run is made if they are not. `samples_of`: the name and options of
     a run of the same script or another, (name, script, options), whose samples this one takes."""
     own = dict(name=name, script=script, **options) | (dict(samples_of=samples_of[0]) if samples_of else {})
@@ -72,12 +73,15 @@ def result(out, name, script, samples_of=None, **options):
 
 
 def last_values(folder):
-    """The last logged evaluation and sample quality of a run, and as "score" the normalised score of this evaluation,
-    or a tenth of the return where there is none, which is 1,000 at most in dmc/."""
+    """The logged sample quality and return of a run: means over the last three evaluations, so that one bad evaluation
+    does not decide. "score" is the normalised score, or a tenth of the return where there is none (1,000 at most in
+    dmc/)."""
+    logged = defaultdict(list)
     with open(folder / "metrics.csv") as f:
-        logged = {row["key"]: float(row["value"]) for row in csv.DictReader(f)}
-    values = {key.split("/")[1]: round(value, 4) for key, value in logged.items()
-              if key.startswith(("eval/", "diffusion/")) and np.isfinite(value)}  # fmt: skip
+        for row in csv.DictReader(f):
+            logged[row["key"]].append(float(row["value"]))
+    logged = {key: x[-3:] if key.startswith("eval/") else x[-1:] for key, x in logged.items() if np.isfinite(x[-1])}
+    values = {key.split("/")[1]: round(np.mean(x), 4) for key, x in logged.items() if key.startswith(("eval", "diff"))}
     return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
 
 

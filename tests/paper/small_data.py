@@ -4,9 +4,12 @@ augmented ones. And the data multiplier: how many real rows give the score that 
     python tests/paper/small_data.py --out small_data                       # collects the data, then hours on two cores
     python tests/paper/small_data.py --out small_data --seeds 5             # goes on where it stopped, with more seeds
 
-The data are replay buffers of SAC agents that `synther_sac_online.py` collects. The table shows the normalised score of
-the last evaluation, mean and standard deviation over seeds. Each seed has its own subset of the rows, diffusion model
-and agent.
+The data are replay buffers of SAC agents that `synther_sac_online.py` collects, or a file of yours:
+
+    python tests/paper/small_data.py --out small_data --data walker2d.hdf5 --env Walker2d-v4
+
+The table shows the normalised score, mean of the last three evaluations, and its standard deviation over seeds. Each
+seed has its own subset of the rows, diffusion model and agent.
 """
 
 from collections import defaultdict
@@ -14,23 +17,23 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from runs import at_once, result, run
 
-# Name of the data: the environment to collect them in, the environment steps, and the environment to evaluate in.
+# Name of the data -> the environment to evaluate in, and how to collect them.
 DATA = {
-    "halfcheetah": ("HalfCheetah-v4", 40_000, "quickstart"),  # its data come with the repository
-    "hopper": ("Hopper-v4", 100_000, "Hopper-v4"),
-    "walker2d": ("Walker2d-v4", 100_000, "Walker2d-v4"),
-    "cartpole": ("dmc/cartpole-swingup", 30_000, "runs:cartpole-swingup-v0"),
+    "halfcheetah": ("quickstart", None),  # its data come with the repository
+    "hopper": ("Hopper-v4", dict(env="Hopper-v4", total_steps=100_000, utd=3)),
+    "walker2d": ("Walker2d-v4", dict(env="Walker2d-v4", total_steps=100_000, utd=3)),
+    "cartpole": ("runs:cartpole-swingup-v0", dict(env="dmc/cartpole-swingup", total_steps=30_000)),
 }
 SCALES = {
-    "cpu": dict(updates=40_000, eval_every=10_000, diffusion_steps=10_000, num_samples=100_000),
-    "paper": dict(updates=1_000_000, eval_every=50_000, diffusion_steps=100_000, num_samples=5_000_000),
+    "cpu": dict(updates=20_000, eval_every=2_500, diffusion_steps=10_000, num_samples=100_000),
+    "paper": dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
 METHODS = {"real": {}, "generated": {}, **{x: dict(augment=x) for x in ("additive", "multiplicative", "dynamics")}}
 
@@ -39,9 +42,10 @@ METHODS = {"real": {}, "generated": {}, **{x: dict(augment=x) for x in ("additiv
 class Args:
     out: Path  # folder for the runs, the table and the picture
     scale: Literal["cpu", "paper"] = "cpu"
-    """cpu: 40,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
+    """cpu: 20,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
     seeds: int = 3  # of the rows, the diffusion model and the agent
-    data: tuple[str, ...] = tuple(DATA)
+    data: tuple[str, ...] = tuple(DATA)  # and files in D4RL's layout
+    env: Optional[str] = None  # where agents on such a file are evaluated
     sizes: tuple[int, ...] = (2_500, 5_000, 10_000, 20_000)
     methods: tuple[str, ...] = ("real", "generated")  # and additive, multiplicative, dynamics
     agents: tuple[Literal["td3bc", "iql"], ...] = ("td3bc",)
@@ -50,9 +54,9 @@ class Args:
 
 def collect(args, name):
     """Make the file of a replay buffer, if it is not there."""
-    env, steps, _ = DATA[name]
-    if name != "halfcheetah" and not (args.out / f"{name}.hdf5").exists():
-        options = dict(env=env, algo="sac", total_steps=steps, eval_every=10_000, save_dataset=f"{name}.hdf5")
+    _, options = DATA.get(name, (None, None))
+    if options and not (args.out / f"{name}.hdf5").exists():
+        options = options | dict(algo="sac", eval_every=10_000, save_dataset=f"{name}.hdf5")
         run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
 
 
@@ -61,10 +65,12 @@ def score(args, agent, name, method, size, seed):
     first."""
 
     def run_of(agent):
-        options = dict(env=DATA[name][2], subsample=float(size), seed=seed, diffusion_seed=seed)
-        options |= SCALES[args.scale] | METHODS[method] | dict(data="synther" if method == "generated" else "real")
-        options |= {} if name == "halfcheetah" else dict(dataset_path=f"{name}.hdf5")
-        return f"{agent}-{name}-{method}-{size}-{seed}", f"synther_{agent}.py", options
+        options = dict(env=DATA[name][0] if name in DATA else args.env)
+        options |= dict(subsample=float(size), seed=seed, diffusion_seed=seed, **SCALES[args.scale], **METHODS[method])
+        options |= dict(data="synther" if method == "generated" else "real")
+        if name != "halfcheetah":
+            options |= dict(dataset_path=f"{name}.hdf5" if name in DATA else str(Path(name).resolve()))
+        return f"{agent}-{Path(name).stem}-{method}-{size}-{seed}", f"synther_{agent}.py", options
 
     own_name, script, options = run_of(agent)
     samples_of = run_of(args.agents[0]) if method == "generated" and agent != args.agents[0] else None
@@ -111,13 +117,13 @@ def show(args, found):
                 scores = np.array([found[agent, name, method, size] for size in args.sizes])
                 values[method] = scores
                 text = " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in scores)
-                print(f"| {agent}, {name}, {method} ({scores.shape[1]} seeds) | {text} |")
+                print(f"| {agent}, {Path(name).stem}, {method} ({scores.shape[1]} seeds) | {text} |")
                 style = dict(color=f"C{i}", linestyle="--" if agent == "iql" else "-", marker="o", capsize=3)
                 ax.errorbar(args.sizes, scores.mean(1), scores.std(1), label=f"{agent}, {method}", **style)
             if {"real", "generated"} <= set(values):
                 factors = multiplier(args.sizes, values["real"], values["generated"])
-                print(f"| {agent}, {name}, data multiplier | {' | '.join(factors)} |")
-            ax.set(title=name, xscale="log", xlabel="real transitions", ylabel="normalised score")
+                print(f"| {agent}, {Path(name).stem}, data multiplier | {' | '.join(factors)} |")
+            ax.set(title=Path(name).stem, xscale="log", xlabel="real transitions", ylabel="normalised score")
     axes[0, 0].legend()
     fig.savefig(args.out / "small_data.png", dpi=100)
     plt.close(fig)

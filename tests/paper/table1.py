@@ -28,8 +28,8 @@ from runs import at_once, result
 import edm
 
 SCALES = {
-    "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=20_000, eval_every=5_000),
-    "paper": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_every=50_000),
+    "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=20_000, eval_every=2_500),
+    "paper": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_every=5_000),
 }
 
 

@@ -4,8 +4,8 @@ half real data (Table 12), number of samples (Figure 9). Each is a list of runs 
     python tests/paper/variations.py table12 --out variations               # on the quickstart's data: an hour
     python tests/paper/variations.py figure9 --out variations --seeds 3     # goes on where it stopped, with more seeds
 
-The table shows the quality of the samples, and the score of the last evaluation, mean and standard deviation over the
-agent's seeds, which share their samples.
+The table shows the quality of the samples, and the score: the mean of the last three evaluations, with its mean and
+standard deviation over the agent's seeds, which share their samples.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from runs import at_once, result
 
 LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
 SCALES = {
-    "cpu": dict(updates=40_000, eval_every=10_000, diffusion_steps=20_000, num_samples=200_000),
-    "paper": dict(updates=1_000_000, eval_every=50_000, diffusion_steps=100_000, num_samples=5_000_000),
+    "cpu": dict(updates=40_000, eval_every=2_500, diffusion_steps=20_000, num_samples=200_000),
+    "paper": dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
 SMALL_PAPER_RECIPE = dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3)  # at scale cpu
 # Of each study: label -> options of the script. A label "... samples of X" takes those of X.

@@ -1,6 +1,6 @@
-"""What the studies share: runs of the scripts, each made once, and environments of the DeepMind Control suite.
+"""What the studies share: runs of the scripts, each made once, and a task of the DeepMind Control suite.
 
-Where this folder is on PYTHONPATH, an environment is named as `--env runs:reacher-easy-v0`.
+Where this folder is on PYTHONPATH, the task is named as `--env runs:cartpole-swingup-v0`.
 """
 
 import csv
@@ -17,11 +17,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
+import edm  # noqa: E402
+
 ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/paper")])}
 
-for domain, task in (("cartpole", "swingup"), ("reacher", "easy")):
-    kwargs = dict(domain=domain, task=task)
-    gym.register(f"{domain}-{task}-v0", "synther_sac_online:DMC", max_episode_steps=1000, kwargs=kwargs)
+gym.register("cartpole-swingup-v0", "synther_sac_online:DMC", max_episode_steps=1000,
+             kwargs=dict(domain="cartpole", task="swingup"))  # fmt: skip
 
 
 def run(out, name, script, **options):
@@ -73,15 +74,17 @@ def result(out, name, script, samples_of=None, **options):
 
 
 def last_values(folder):
-    """The logged sample quality and return of a run: means over the last three evaluations, so that one bad evaluation
-    does not decide. "score" is the normalised score, or a tenth of the return where there is none (1,000 at most in
-    dmc/)."""
+    """Sample quality, size of the diffusion model and return of a run: means over the last three evaluations, so that
+    one bad evaluation does not decide. "score" is the normalised score, or a tenth of the return where there is none
+    (1,000 at most in dmc/)."""
     logged = defaultdict(list)
     with open(folder / "metrics.csv") as f:
         for row in csv.DictReader(f):
             logged[row["key"]].append(float(row["value"]))
     logged = {key: x[-3:] if key.startswith("eval/") else x[-1:] for key, x in logged.items() if np.isfinite(x[-1])}
     values = {key.split("/")[1]: round(np.mean(x), 4) for key, x in logged.items() if key.startswith(("eval", "diff"))}
+    if (folder / "diffusion.pt").exists():
+        values["parameters"] = sum(x.numel() for x in edm.load_edm(folder / "diffusion.pt").parameters())
     return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
 
 

@@ -22,17 +22,21 @@ SCALES = {
     "cpu": dict(updates=40_000, eval_every=2_500, diffusion_steps=20_000, num_samples=200_000),
     "paper": dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
-SMALL_PAPER_RECIPE = dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3)  # at scale cpu
 # Of each study: label -> options of the script. A label "... samples of X" takes those of X.
 STUDIES = {
     "table3": {"real": dict(data="real"), "generated": {}, "real, larger agent": dict(data="real") | LARGE,
                "larger agent, samples of generated": LARGE},
-    "table5": {f"{width} units": dict(diffusion_width=width) for width in (32, 64, 128, 256)},
+    "table5": {"real": dict(data="real"), "generated": {}}
+              | {f"{width} units": dict(diffusion_width=width) for width in (128, 64, 32, 16)},
     "table10": {f"depth {depth}, {kind}": dict(diffusion_depth=depth, diffusion_residual=kind == "residual")
                 for kind in ("residual", "plain") for depth in (2, 4, 6)},
     "table12": {"real": dict(data="real"), "generated": {}, "half of each": dict(data="mixed")},
     "figure9": {"generated": {}} | {f"one in {k}, samples of generated": dict(share=k) for k in (2, 5, 20, 100)},
 }  # fmt: skip
+ONLY_CPU = {  # more options of all runs of a study, or of all with a larger agent, at scale cpu
+    "table3": dict(updates=10_000, eval_every=625),  # as many rows as with the smaller batch
+    "table10": dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3),
+}
 
 
 @dataclass
@@ -50,8 +54,9 @@ def options_of(args, label, seed):
     """The options of one run."""
     options = dict(env=args.env, seed=seed) | SCALES[args.scale]
     options |= dict(dataset_path=str(args.dataset_path.resolve())) if args.dataset_path else {}
-    options |= SMALL_PAPER_RECIPE if args.study == "table10" and args.scale == "cpu" else {}
     options |= STUDIES[args.study][label]
+    if args.scale == "cpu" and (args.study == "table10" or "larger" in label):
+        options |= ONLY_CPU[args.study]
     options["num_samples"] //= options.pop("share", 1)
     if options.get("data") == "mixed":
         del options["num_samples"]  # as many as there are real rows
@@ -75,10 +80,10 @@ def main(args):
         for some in own, [label for label in labels if label not in own]:
             values = at_once(args.workers, [partial(job, label, seed) for label in some])
             found |= {(label, seed): value for label, value in zip(some, values)}
-    print("| | marginal | correlation | AUC | score |\n|---|---|---|---|---|")
+    print("| | parameters | marginal | correlation | AUC | score |\n|---|---|---|---|---|---|")
     for label in labels:
         scores = np.array([found[label, seed]["score"] for seed in range(args.seeds)])
-        quality = [found[label, 0].get(key, "") for key in ("marginal", "correlation", "c2st")]
+        quality = [found[label, 0].get(key, "") for key in ("parameters", "marginal", "correlation", "c2st")]
         print(f"| {label} | {' | '.join(map(str, quality))} | {scores.mean():.1f} ± {scores.std():.1f} |")
 
 

@@ -49,13 +49,13 @@ def test_run_is_made_once_and_goes_on(tmp_path):
 def test_results_outlive_their_runs(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     script = str(tmp_path / "script.py")
-    values = runs.result(tmp_path, "one", script, seed=3)
+    values = runs.result(tmp_path / "results.jsonl", "one", script, seed=3)
     assert values == dict(return_mean=20, score=2, c2st=0.6)  # of the last three evaluations
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "script.py").unlink()
-    assert runs.result(tmp_path, "one", script, seed=3)["score"] == 2
+    assert runs.result(tmp_path / "results.jsonl", "one", script, seed=3)["score"] == 2
     with pytest.raises(SystemExit, match="has another one"):
-        runs.result(tmp_path, "one", script, seed=4)
+        runs.result(tmp_path / "results.jsonl", "one", script, seed=4)
 
 
 def test_no_job_begins_after_an_error():
@@ -75,8 +75,8 @@ def test_no_job_begins_after_an_error():
 
 def test_data_multiplier():
     """5,000 rows with the score of 10,000 real ones are worth twice their number. 0 and inf: beyond what was tried."""
-    real = np.array([[1.0, 3.0], [5.0, 5.0], [9.0, 11.0]])
-    generated = np.array([[0.0, 1.0], [10.0, 10.0], [12.0, 12.0]])
+    real = [np.array(x) for x in ([1.0, 3.0], [5.0, 5.0], [9.0, 11.0, 10.0])]
+    generated = [np.array(x) for x in ([0.0, 1.0], [10.0, 10.0, 10.0], [12.0, 12.0])]
     assert small_data.multiplier((2_500, 5_000, 10_000), real, generated) == [
         "0.0 (0.0 to 0.0)", "2.0 (1.8 to inf)", "inf (inf to inf)"
     ]  # fmt: skip

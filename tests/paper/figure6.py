@@ -47,7 +47,9 @@ def main(args):
 
     def job(task, method, seed):
         options = dict(env=task, seed=seed, **SCALES[args.scale], **METHODS[method])
-        return result(args.out, f"{task.replace('/', '-')} {method} {seed}", "synther_sac_online.py", **options)
+        return result(
+            args.out / "figure6.jsonl", f"{task.replace('/', '-')} {method} {seed}", "synther_sac_online.py", **options
+        )
 
     cells = [(seed, task, method) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
     found = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))

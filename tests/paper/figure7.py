@@ -19,12 +19,14 @@ from typing import Annotated
 import numpy as np
 import tyro
 from rliable import library, metrics
-from runs import last_values
+from runs import last_values, recorded
 
 
 @dataclass
 class Args:
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, or the results.jsonl of other studies
+    paths: Annotated[
+        tuple[Path, ...], tyro.conf.Positional
+    ]  # run folders, or files of results of the other studies (.jsonl)
     by: str  # the argument in which the two kinds differ, such as data or algo
     new: str  # its value for one kind
     old: str  # its value for the other
@@ -34,7 +36,7 @@ class Args:
 def scores_of(path):
     """(value of arguments, score) of each finished run at a path."""
     if path.suffix == ".jsonl":
-        for entry in map(json.loads, path.read_text().splitlines()):
+        for entry in recorded(path):
             yield entry, entry["values"]["score"]
     elif (path / "final_returns.npz").exists():
         yield json.loads((path / "args.json").read_text()), last_values(path)["score"]

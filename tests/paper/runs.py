@@ -50,14 +50,13 @@ def run(out, name, script, **options):
     return run(out, name, script, **options)
 
 
-def result(out, name, script, samples_of=None, **options):
-    """What `last_values` says of a run: {"return_mean": ..., "marginal": ...}. They are in out/results.jsonl, with the
-    options, so that results outlive their runs. The run is made if they are not. `samples_of`: the name and options of
-    a run of the same script or another, (name, script, options), whose samples this one takes."""
+def result(path, name, script, samples_of=None, **options):
+    """What `last_values` says of a run: {"return_mean": ..., "marginal": ...}. It is in the file `path` (.jsonl), with
+    the options, so that results outlive their runs. If it is not, the run is made, in the file's folder. `samples_of`:
+    name, script and options of the run whose samples this one takes."""
     own = dict(name=name, script=script, **options) | (dict(samples_of=samples_of[0]) if samples_of else {})
     own |= dict(dataset_path=Path(options["dataset_path"]).name) if "dataset_path" in options else {}
-    path = out / "results.jsonl"
-    for entry in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+    for entry in recorded(path):
         if entry["name"] == name:
             values = entry.pop("values")
             if entry != own:
@@ -65,12 +64,17 @@ def result(out, name, script, samples_of=None, **options):
             return values
     if samples_of:
         name_of_samples, script_of_samples, options_of_samples = samples_of
-        folder = run(out, name_of_samples, script_of_samples, **options_of_samples)
-        options["synthetic_path"] = str((folder / "synthetic.npz").relative_to(out))
-    values = last_values(run(out, name, script, **options))
+        folder = run(path.parent, name_of_samples, script_of_samples, **options_of_samples)
+        options["synthetic_path"] = str((folder / "synthetic.npz").relative_to(path.parent))
+    values = last_values(run(path.parent, name, script, **options))
     with open(path, "a") as f:
         f.write(json.dumps(own | dict(values=values)) + "\n")
     return values
+
+
+def recorded(path):
+    """The entries of a file of results."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def last_values(folder):

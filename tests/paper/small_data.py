@@ -3,6 +3,7 @@ augmented ones. And the data multiplier: how many real rows give the score that 
 
     python tests/paper/small_data.py --out small_data                       # collects the data, then hours on two cores
     python tests/paper/small_data.py --out small_data --seeds 5             # goes on where it stopped, with more seeds
+    python tests/paper/small_data.py --out tests/paper/results --seeds 0    # nothing is run: our own results
 
 The data are replay buffers of SAC agents that `synther_sac_online.py` collects, or a file of yours:
 
@@ -22,7 +23,7 @@ from typing import Literal, Optional
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import at_once, result, run
+from runs import at_once, recorded, result, run
 
 # Name of the data -> the environment to evaluate in, and how to collect them.
 DATA = {
@@ -60,9 +61,9 @@ def collect(args, name):
         run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
 
 
-def score(args, agent, name, method, size, seed):
-    """The last score of one agent. Each seed has its own rows and diffusion model; all agents take the samples of the
-    first."""
+def make(args, agent, name, method, size, seed):
+    """Make one run, if it is not recorded. Each seed has its own rows and diffusion model; all agents take the samples
+    of the first."""
 
     def run_of(agent):
         options = dict(env=DATA[name][0] if name in DATA else args.env)
@@ -74,18 +75,19 @@ def score(args, agent, name, method, size, seed):
 
     own_name, script, options = run_of(agent)
     samples_of = run_of(args.agents[0]) if method == "generated" and agent != args.agents[0] else None
-    return result(args.out, own_name, script, samples_of, **options)["score"]
+    result(args.out / "small_data.jsonl", own_name, script, samples_of, **options)
 
 
 def multiplier(sizes, real, generated, draws=1_000):
     """For each size, how many times as many real rows have the score of the generated ones, and the limits of 80% of
-    the bootstrap samples over seeds. Args: scores [sizes, seeds].
+    the bootstrap samples over seeds. Args: for each size, the scores of all seeds.
 
     The score of real rows is interpolated over the logarithm of their number. 0 and inf: fewer, or more, than tried."""
     rng, factors = np.random.default_rng(0), []
     for draw in range(draws):
-        chosen = [x if draw == 0 else x[:, rng.integers(x.shape[1], size=x.shape[1])] for x in (real, generated)]
-        real_mean, generated_mean = (x.mean(1) for x in chosen)
+        real_mean, generated_mean = (
+            np.array([np.mean(x if draw == 0 else rng.choice(x, len(x))) for x in kind]) for kind in (real, generated)
+        )
         real_mean = np.maximum.accumulate(real_mean)  # more rows are not worse
         rows = np.exp(np.interp(generated_mean, real_mean, np.log(sizes), left=-np.inf, right=np.inf))
         factors.append(rows / sizes)
@@ -94,36 +96,44 @@ def multiplier(sizes, real, generated, draws=1_000):
 
 
 def main(args):
-    args.out, args.sizes = args.out.resolve(), sorted(args.sizes)
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    at_once(args.workers, [partial(collect, args, name) for name in args.data])
-    found = defaultdict(list)
+    if args.seeds:
+        at_once(args.workers, [partial(collect, args, name) for name in args.data])
     for seed in range(args.seeds):  # so that a table can be shown after each
         for agent in args.agents:  # one after the other, because the second takes the samples of the first
-            cells = [(agent, *cell) for cell in product(args.data, args.methods, args.sizes)]
-            for cell, value in zip(cells, at_once(args.workers, [partial(score, args, *cell, seed) for cell in cells])):
-                found[cell].append(value)
-        show(args, found)
+            cells = product([agent], args.data, args.methods, args.sizes, [seed])
+            at_once(args.workers, [partial(make, args, *cell) for cell in cells])
+        show(args)
+    if not args.seeds:
+        show(args)
 
 
-def show(args, found):
-    """Print the table and draw the picture: scores over the number of rows."""
-    print(f"| agent, data, rows | {' | '.join(map(str, args.sizes))} |\n|---{'|---' * len(args.sizes)}|")
-    fig, axes = plt.subplots(1, len(args.data), figsize=(4 * len(args.data), 3.5), squeeze=False, layout="constrained")
-    for agent in args.agents:
-        for ax, name in zip(axes[0], args.data):
-            values = {}
-            for i, method in enumerate(args.methods):
-                scores = np.array([found[agent, name, method, size] for size in args.sizes])
-                values[method] = scores
-                text = " | ".join(f"{x.mean():.1f} ± {x.std():.1f}" for x in scores)
-                print(f"| {agent}, {Path(name).stem}, {method} ({scores.shape[1]} seeds) | {text} |")
-                style = dict(color=f"C{i}", linestyle="--" if agent == "iql" else "-", marker="o", capsize=3)
-                ax.errorbar(args.sizes, scores.mean(1), scores.std(1), label=f"{agent}, {method}", **style)
-            if {"real", "generated"} <= set(values):
-                factors = multiplier(args.sizes, values["real"], values["generated"])
-                print(f"| {agent}, {Path(name).stem}, data multiplier | {' | '.join(factors)} |")
-            ax.set(title=Path(name).stem, xscale="log", xlabel="real transitions", ylabel="normalised score")
+def show(args):
+    """Print the table of all that is recorded, and draw the picture: scores over the number of rows."""
+    scores = defaultdict(lambda: defaultdict(list))  # (data, agent, method) -> size -> scores
+    for entry in recorded(args.out / "small_data.jsonl"):
+        agent, name = entry["name"].split("-", 1)
+        name, method, size, _ = name.rsplit("-", 3)
+        scores[name, agent, method][int(size)].append(entry["values"]["score"])
+    names, sizes = sorted({key[0] for key in scores}), sorted({size for own in scores.values() for size in own})
+    print(f"| data, agent, rows (seeds) | {' | '.join(f'{size:,}' for size in sizes)} |\n|---{'|---' * len(sizes)}|")
+    fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False, layout="constrained")
+    for (name, agent, method), own in sorted(scores.items()):
+        text = [f"{np.mean(own[x]):.1f} ± {np.std(own[x]):.1f} ({len(own[x])})" if x in own else "" for x in sizes]
+        print(f"| {name}, {agent}, {method} | {' | '.join(text)} |")
+        ax, here = axes[0, names.index(name)], sorted(own)
+        style = dict(color=f"C{[*METHODS].index(method)}", linestyle="--" if agent == "iql" else "-", capsize=3)
+        spread = [np.std(own[size]) for size in here]
+        ax.errorbar(
+            here, [np.mean(own[size]) for size in here], spread, label=f"{agent}, {method}", marker="o", **style
+        )
+        ax.set(title=name, xscale="log", xlabel="real transitions", ylabel="normalised score")
+    for name, agent in sorted({key[:2] for key in scores}):
+        real, generated = (scores[name, agent, method] for method in ("real", "generated"))
+        if both := sorted(set(real) & set(generated)):
+            factors = multiplier(both, [real[size] for size in both], [generated[size] for size in both])
+            print(f"| {name}, {agent}, data multiplier ({', '.join(f'{x:,}' for x in both)}) | {' | '.join(factors)} |")
     axes[0, 0].legend()
     fig.savefig(args.out / "small_data.png", dpi=100)
     plt.close(fig)

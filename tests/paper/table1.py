@@ -109,7 +109,7 @@ def main(args):
     data_options = dict(dataset_path=str(path.resolve()) if path.exists() else args.data)
     data_options |= dict(env=args.env, true_next_obs=args.true_next_obs)
     options |= data_options if args.data != "quickstart" else dict(env="quickstart")
-    jobs = [partial(result, args.out, f"{name}-{seed}", "synther_td3bc.py", **options, seed=seed,
+    jobs = [partial(result, args.out / "table1.jsonl", f"{name}-{seed}", "synther_td3bc.py", **options, seed=seed,
                     num_samples=num_samples, synthetic_path=f"{name}.npz") for name in args.models
             for seed in range(args.seeds)]  # fmt: skip
     scores = np.array([values["score"] for values in at_once(args.workers, jobs)]).reshape(-1, args.seeds)

@@ -72,7 +72,7 @@ def main(args):
         options, source, samples_of = options_of(args, label, seed), label.partition("samples of ")[2] or label, None
         if options.get("data") != "real" and (seed > 0 or source != label):
             samples_of = f"{source}-0", "synther_td3bc.py", options_of(args, source, 0)
-        return result(args.out, f"{label}-{seed}", "synther_td3bc.py", samples_of, **options)
+        return result(args.out / "variations.jsonl", f"{label}-{seed}", "synther_td3bc.py", samples_of, **options)
 
     labels, found = STUDIES[args.study], {}
     own = [label for label in labels if "samples of" not in label]

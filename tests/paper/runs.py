@@ -50,11 +50,11 @@ def run(out, name, script, **options):
     return run(out, name, script, **options)
 
 
-def result(path, name, script, samples_of=None, **options):
+def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.npz"), **options):
     """What `last_values` says of a run: {"return_mean": ..., "marginal": ...}. It is in the file `path` (.jsonl), with
-    the options, so that results outlive their runs. If it is not, the run is made, in the file's folder. `samples_of`:
-    name, script and options of the run whose samples this one takes."""
-    own = dict(name=name, script=script, **options) | (dict(samples_of=samples_of[0]) if samples_of else {})
+    the options, so that results outlive their runs. If it is not, the run is made, in the file's folder. `source`:
+    name, script and options of the run from which this one takes its samples, or another option and file."""
+    own = dict(name=name, script=script, **options) | (dict(source=source[0]) if source else {})
     own |= dict(dataset_path=Path(options["dataset_path"]).name) if "dataset_path" in options else {}
     for entry in recorded(path):
         if entry["name"] == name:
@@ -62,10 +62,10 @@ def result(path, name, script, samples_of=None, **options):
             if entry != own:
                 sys.exit(f"error: {path} has another {name}: {entry}")
             return values
-    if samples_of:
-        name_of_samples, script_of_samples, options_of_samples = samples_of
-        folder = run(path.parent, name_of_samples, script_of_samples, **options_of_samples)
-        options["synthetic_path"] = str((folder / "synthetic.npz").relative_to(path.parent))
+    if source:
+        source_name, source_script, source_options = source
+        folder = run(path.parent, source_name, source_script, **source_options)
+        options[takes[0]] = str((folder / takes[1]).relative_to(path.parent))
     values = last_values(run(path.parent, name, script, **options))
     with open(path, "a") as f:
         f.write(json.dumps(own | dict(values=values)) + "\n")

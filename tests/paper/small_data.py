@@ -74,8 +74,8 @@ def make(args, agent, name, method, size, seed):
         return f"{agent}-{Path(name).stem}-{method}-{size}-{seed}", f"synther_{agent}.py", options
 
     own_name, script, options = run_of(agent)
-    samples_of = run_of(args.agents[0]) if method == "generated" and agent != args.agents[0] else None
-    result(args.out / "small_data.jsonl", own_name, script, samples_of, **options)
+    source = run_of(args.agents[0]) if method == "generated" and agent != args.agents[0] else None
+    result(args.out / "small_data.jsonl", own_name, script, source, **options)
 
 
 def multiplier(sizes, real, generated, draws=1_000):

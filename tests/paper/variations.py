@@ -69,10 +69,10 @@ def main(args):
 
     def job(label, seed):
         """Seeds above 0 and labels "... samples of X" take the samples of another run."""
-        options, source, samples_of = options_of(args, label, seed), label.partition("samples of ")[2] or label, None
+        options, source, source_run = options_of(args, label, seed), label.partition("samples of ")[2] or label, None
         if options.get("data") != "real" and (seed > 0 or source != label):
-            samples_of = f"{source}-0", "synther_td3bc.py", options_of(args, source, 0)
-        return result(args.out / "variations.jsonl", f"{label}-{seed}", "synther_td3bc.py", samples_of, **options)
+            source_run = f"{source}-0", "synther_td3bc.py", options_of(args, source, 0)
+        return result(args.out / "variations.jsonl", f"{label}-{seed}", "synther_td3bc.py", source_run, **options)
 
     labels, found = STUDIES[args.study], {}
     own = [label for label in labels if "samples of" not in label]

@@ -1,0 +1,78 @@
+"""Latents of actor and critic, or of one of them for both heads (Table 13), on real and on generated latents.
+
+    python tests/paper/table13.py --out table13                      # hours on two cores: agent, images, stage 1, heads
+    python tests/paper/table13.py --out table13 --seeds 2            # goes on where it stopped, with more seeds
+
+An agent learns walker-walk, is filmed, and DrQ+BC learns from the images (stage 1). All latents are its own. The table
+shows return / 10, mean of the last three evaluations, and its standard deviation over seeds. Each seed has its own
+diffusion model and heads.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from runs import ENVIRON, ROOT, at_once, result, run
+
+SCALES = {
+    "cpu": dict(stage1_updates=8_000, stage2_updates=10_000, batch_size=64, noise_duration=900, eval_every=2_500,
+                eval_episodes=4, diffusion_steps=20_000, num_samples=200_000),
+    "paper": dict(diffusion_steps=100_000, num_samples=5_000_000),
+}  # fmt: skip
+EPISODES = {"cpu": 40, "paper": 200}
+
+
+@dataclass
+class Args:
+    out: Path  # folder for the runs
+    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 40 episodes, 8,000 and 10,000 updates; paper: 200, 550,000, a GPU
+    algo: Literal["drqbc", "bc"] = "drqbc"
+    seeds: int = 1
+    workers: int = 2  # runs at a time, one thread each
+
+
+def film(args):
+    """The folder of images of an agent, which are made if they are not there."""
+    folder = args.out / "vd4rl_data"
+    if not folder.exists():
+        options = dict(env="dmc/walker-walk", algo="sac", total_steps=100_000, eval_every=10_000)
+        agent = run(args.out, "agent", "synther_sac_online.py", **options)
+        words = ["--env", "walker-walk-expert", "--run", agent, "--episodes", EPISODES[args.scale]]
+        command = [sys.executable, ROOT / "tests/paper/vd4rl_data.py", *words, "--out", args.out / "part"]
+        subprocess.run([str(word) for word in command], env=ENVIRON, check=True)
+        (args.out / "part").rename(folder)
+    return folder
+
+
+def main(args):
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    film(args)
+    options = dict(env="walker-walk-expert", dataset_path="vd4rl_data", algo=args.algo, **SCALES[args.scale])
+    stage1 = f"{args.algo} stage 1", "synther_vd4rl.py", options | dict(data="real")
+    run(args.out, stage1[0], stage1[1], **stage1[2])
+
+    def job(seed, latent, data):
+        own = options | dict(latent=latent, data=data, seed=seed, diffusion_seed=seed)
+        name = f"{args.algo} {latent} {data} {seed}"
+        return result(args.out / "table13.jsonl", name, "synther_vd4rl.py", stage1, takes=("agent_path", ""), **own)
+
+    cells = [*product(range(args.seeds), ("both", "actor", "critic"), ("real", "synther"))]
+    found = dict(zip(cells, at_once(args.workers, [partial(job, *cell) for cell in cells])))
+    print("| latents of | heads on real latents | on generated ones | AUC of these |\n|---|---|---|---|")
+    for latent in ("both", "actor", "critic"):
+        scores = [
+            np.array([found[i, latent, data]["score"] for i in range(args.seeds)]) for data in ("real", "synther")
+        ]
+        real, generated = (f"{x.mean():.1f} ± {x.std():.1f}" for x in scores)
+        print(f"| {latent} | {real} | {generated} | {found[0, latent, 'synther']['c2st']:.3f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

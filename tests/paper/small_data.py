@@ -33,7 +33,7 @@ DATA = {
     "cartpole": ("runs:cartpole-swingup-v0", dict(env="dmc/cartpole-swingup", total_steps=30_000)),
 }
 SCALES = {
-    "cpu": dict(updates=20_000, eval_every=2_500, diffusion_steps=10_000, num_samples=100_000),
+    "cpu": dict(updates=50_000, eval_every=5_000, diffusion_steps=10_000, num_samples=100_000),
     "paper": dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
 METHODS = {"real": {}, "generated": {}, **{x: dict(augment=x) for x in ("additive", "multiplicative", "dynamics")}}
@@ -43,7 +43,7 @@ METHODS = {"real": {}, "generated": {}, **{x: dict(augment=x) for x in ("additiv
 class Args:
     out: Path  # folder for the runs, the table and the picture
     scale: Literal["cpu", "paper"] = "cpu"
-    """cpu: 20,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
+    """cpu: 50,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
     seeds: int = 3  # of the rows, the diffusion model and the agent
     data: tuple[str, ...] = tuple(DATA)  # and files in D4RL's layout
     env: Optional[str] = None  # where agents on such a file are evaluated
@@ -70,7 +70,8 @@ def make(args, agent, name, method, size, seed):
         options |= dict(subsample=float(size), seed=seed, diffusion_seed=seed, **SCALES[args.scale], **METHODS[method])
         options |= dict(data="synther" if method == "generated" else "real")
         if name != "halfcheetah":
-            options |= dict(dataset_path=f"{name}.hdf5" if name in DATA else str(Path(name).resolve()))
+            path = f"{name}.hdf5" if name in DATA else str(Path(name).resolve())
+            options |= dict(dataset_path=path, true_next_obs=True)
         return f"{agent}-{Path(name).stem}-{method}-{size}-{seed}", f"synther_{agent}.py", options
 
     own_name, script, options = run_of(agent)

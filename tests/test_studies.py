@@ -1,22 +1,29 @@
 """The parts of the studies (tests/paper) that could give a wrong figure without an error."""
 
+import importlib
 import json
 import shutil
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from scipy.stats import spearmanr
 
 import edm
 
 sys.path.append(str(Path(edm.__file__).parent / "tests/paper"))
 import runs  # noqa: E402
+import figure6  # noqa: E402
+import figure7  # noqa: E402
 import small_data  # noqa: E402
 import table1  # noqa: E402
+import table13  # noqa: E402
+import variations  # noqa: E402
 
 SCRIPT = """
 import json, pathlib, sys, numpy as np
@@ -31,11 +38,14 @@ else:  # as if stopped at once
     folder = pathlib.Path(words["--out-dir"]) / "env__name__0__1"
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps({"seed": int(words["--seed"])}))
+    sys.exit(2)
 """
 
 
 def test_run_is_made_once_and_goes_on(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
+    with pytest.raises(SystemExit, match="one has failed"):
+        runs.run(tmp_path, "one", tmp_path / "script.py", seed=3)
     folder = runs.run(tmp_path, "one", tmp_path / "script.py", seed=3)
     assert json.loads((folder / "args.json").read_text()) == {"seed": 3}
     (tmp_path / "script.py").write_text("raise SystemExit(2)")
@@ -49,13 +59,53 @@ def test_run_is_made_once_and_goes_on(tmp_path):
 def test_results_outlive_their_runs(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     script = str(tmp_path / "script.py")
+    with pytest.raises(SystemExit, match="one has failed"):
+        runs.result(tmp_path / "results.jsonl", "one", script, seed=3)
     values = runs.result(tmp_path / "results.jsonl", "one", script, seed=3)
     assert values == dict(return_mean=20, score=2, c2st=0.6)  # of the last three evaluations
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "script.py").unlink()
     assert runs.result(tmp_path / "results.jsonl", "one", script, seed=3)["score"] == 2
-    with pytest.raises(SystemExit, match="has another one"):
+    with pytest.raises(SystemExit, match="has a one with another seed"):
         runs.result(tmp_path / "results.jsonl", "one", script, seed=4)
+
+
+STUDIES = [(variations, dict(study=study)) for study in variations.STUDIES]
+STUDIES += [(small_data, dict(methods=tuple(small_data.METHODS), agents=("td3bc", "iql"))), (table13, {})]
+STUDIES += [(figure6, dict(methods=tuple(figure6.METHODS), tasks=("dmc/cheetah-run",)))]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("study, options", STUDIES)
+def test_scripts_understand_every_run_of_a_study(tmp_path, monkeypatch, study, options, scale):
+    names = []
+
+    def check(path, name, script, source=None, takes=None, **options):
+        names.append(name)
+        for script, own in [(script, options)] + ([source[1:]] if source else []):
+            parsed = tyro.cli(importlib.import_module(Path(script).stem).Args, args=runs.words_of(own))
+            assert {key: getattr(parsed, key) for key in own} == own
+        return defaultdict(float)
+
+    monkeypatch.setattr(study, "result", check)
+    for name in ("run", "collect", "film", "show"):
+        monkeypatch.setattr(study, name, lambda *_, **__: Path("images"), raising=False)
+    study.main(study.Args(out=tmp_path, scale=scale, seeds=2, workers=1, **options))
+    assert len(set(names)) == len(names) >= 6
+
+
+def test_pairs_of_figure7(tmp_path):
+    """Runs of one task are paired with those of the other kind, and seeds beyond the smallest task's are left out."""
+    entries = [dict(env=env, data=data, seed=seed, values=dict(score=10 * seed + (data == "synther")))
+               for env in "ab" for data in ("real", "synther") for seed in range(3 if env == "a" else 2)]  # fmt: skip
+    entries += [dict(env="c", data="real", seed=0, values=dict(score=0))]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    args = figure7.Args(paths=(tmp_path / "x.jsonl",), new=("data=synther",), old=("data=real",))
+    new, old = figure7.paired_scores(args)
+    assert new.tolist() == [[1, 1], [11, 11]] and old.tolist() == [[0, 0], [10, 10]]
+    args.old = ("env=a",)
+    with pytest.raises(SystemExit, match="two --old runs"):
+        figure7.paired_scores(args)
 
 
 def test_no_job_begins_after_an_error():

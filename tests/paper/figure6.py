@@ -34,7 +34,8 @@ class Args:
     out: Path  # folder for the runs
     tasks: tuple[str, ...] = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4")
     """the paper has these in Gymnasium's v2, and dmc/cheetah-run, dmc/quadruped-walk, dmc/reacher-hard"""
-    methods: tuple[str, ...] = ("sac", "sac, 20 updates", "redq", "synther")
+    methods: tuple[Literal[tuple(METHODS)], ...] = ("sac", "sac, 20 updates", "redq", "synther")
+    """the last, with a standardised reward, is another experiment in dmc/ alone"""
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 15,000 environment steps, and a tenth of the diffusion training
     seeds: int = 2
     workers: int = 2  # runs at a time, one thread each
@@ -42,14 +43,12 @@ class Args:
 
 def main(args):
     args.out = args.out.resolve()
-
     args.out.mkdir(parents=True, exist_ok=True)
 
     def job(task, method, seed):
         options = dict(env=task, seed=seed, **SCALES[args.scale], **METHODS[method])
-        return result(
-            args.out / "figure6.jsonl", f"{task.replace('/', '-')} {method} {seed}", "synther_sac_online.py", **options
-        )
+        name = f"{task.replace('/', '-')} {method} {seed}"
+        return result(args.out / "figure6.jsonl", name, "synther_sac_online.py", **options)
 
     cells = [(seed, task, method) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
     found = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))

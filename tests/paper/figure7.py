@@ -1,12 +1,12 @@
 """Several environments together (Figure 7): interquartile mean, and how probably one kind of run beats another.
 
     pip install -r tests/paper/requirements-figure7.txt
-    python tests/paper/figure7.py runs/* --by data --new synther --old real
-    python tests/paper/figure7.py tests/paper/results/small_data.jsonl --by data --new synther --old real
+    python tests/paper/figure7.py runs/* --new data=synther --old data=real augment=none
+    python tests/paper/figure7.py tests/paper/results/small_data.jsonl --new data=synther --old data=real augment=None
 
-A task is an environment, its data, their number, the augmentation, the script and the name of the experiment. It counts
-if both kinds have run there, with as many seeds as the task with the fewest has. Scores are means of the
-last three evaluations. The intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
+Runs of one script belong to one task if environment, dataset and --subsample are the same. A task counts if it has runs
+of both kinds. All tasks are cut to the number of seeds that the smallest has. A run's score is the mean of its last
+three evaluations. The intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
 """
 
 import json
@@ -18,18 +18,17 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from rliable import library, metrics
 from runs import last_values, recorded
 
 
 @dataclass
 class Args:
-    paths: Annotated[
-        tuple[Path, ...], tyro.conf.Positional
-    ]  # run folders, or files of results of the other studies (.jsonl)
-    by: str  # the argument in which the two kinds differ, such as data or algo
-    new: str  # its value for one kind
-    old: str  # its value for the other
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """run folders, or files of results of the other studies (.jsonl)"""
+    new: tuple[str, ...]
+    """runs of one kind: arguments and their values, such as algo=synther"""
+    old: tuple[str, ...]
+    """runs of the other kind, such as algo=sac utd=20"""
     draws: int = 5_000  # of the bootstrap
 
 
@@ -42,18 +41,30 @@ def scores_of(path):
         yield json.loads((path / "args.json").read_text()), last_values(path)["score"]
 
 
-def main(args):
-    keys = [key for key in ("script", "exp_name", "env", "dataset_path", "subsample", "augment") if key != args.by]
-    found = defaultdict(list)  # (value of --by, task) -> scores
+def paired_scores(args):
+    """Scores of both kinds, [seeds, tasks] each. The program ends if there are none, or if one kind has two runs of a
+    task with the same seeds."""
+    found = defaultdict(dict)  # (kind, task) -> seeds -> score
     for settings, score in (pair for path in args.paths for pair in scores_of(path)):
-        settings.setdefault("augment", "none")
-        found[str(settings.get(args.by)), tuple(str(settings.get(key)) for key in keys)].append(score)
-    tasks = sorted({task for _, task in found if {(args.new, task), (args.old, task)} <= set(found)})
+        task = tuple(str(settings.get(key)) for key in ("script", "env", "dataset_path", "subsample"))
+        seeds = settings["seed"], settings.get("diffusion_seed")
+        for kind in ("new", "old"):
+            if all(str(settings.get(key)) == value for key, value in (x.split("=") for x in getattr(args, kind))):
+                if seeds in found[kind, task]:
+                    sys.exit(f"error: two --{kind} runs of {task} have the same seeds: add what they differ in")
+                found[kind, task][seeds] = score
+    tasks = sorted({task for _, task in found if {("new", task), ("old", task)} <= set(found)})
     if not tasks:
         sys.exit("error: no task has finished runs of both kinds")
-    seeds = min(len(found[kind, task]) for kind in (args.new, args.old) for task in tasks)
-    new, old = (np.array([found[kind, task][:seeds] for task in tasks]).T for kind in (args.new, args.old))
-    print(f"{len(tasks)} tasks, {seeds} seeds\n\n| | interquartile mean | 95% |\n|---|---|---|")
+    seeds = min(len(found[kind, task]) for kind in ("new", "old") for task in tasks)
+    return (np.array([[*found[kind, task].values()][:seeds] for task in tasks]).T for kind in ("new", "old"))
+
+
+def main(args):
+    from rliable import library, metrics  # here, so that it is not needed by the tests
+
+    new, old = paired_scores(args)
+    print(f"{new.shape[1]} tasks, {len(new)} seeds\n\n| | interquartile mean | 95% |\n|---|---|---|")
     iqm = lambda scores: np.array([metrics.aggregate_iqm(scores)])  # noqa: E731
     values, limits = library.get_interval_estimates({"new": new, "old": old}, iqm, reps=args.draws)
     for name in values:

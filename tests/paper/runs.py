@@ -4,6 +4,7 @@ Where this folder is on PYTHONPATH, the task is named as `--env runs:cartpole-sw
 """
 
 import csv
+import fcntl
 import json
 import os
 import subprocess
@@ -25,42 +26,57 @@ gym.register("cartpole-swingup-v0", "synther_sac_online:DMC", max_episode_steps=
              kwargs=dict(domain="cartpole", task="swingup"))  # fmt: skip
 
 
+def words_of(options):
+    """The command line of options."""
+    words = []
+    for key, value in options.items():
+        flag, is_flag = (
+            key.replace("_", "-"),
+            isinstance(value, bool) and key != "standardize_reward",
+        )  # that may be None
+        words += [f"--{'' if value else 'no-'}{flag}"] if is_flag else [f"--{flag}", str(value)]
+    return words
+
+
 def run(out, name, script, **options):
-    """The folder of a finished run of a script with these options, in out/name. It is made if it is not there, and goes
-    on if it was stopped. Paths among the options are relative to `out`. The program ends if it was made with others."""
-    made = sorted((out / name).glob("*/args.json"))
-    if made:
-        folder, saved = made[-1].parent, json.loads(made[-1].read_text())
-        if changed := [key for key, value in options.items() if saved[key] != value]:
-            sys.exit(f"error: {folder} was made with another {', '.join(changed)}: move it away")
-        if (folder / "final_returns.npz").exists():
-            return folder
-        words = ["--resume", folder]
-    else:
-        (out / name).mkdir(parents=True, exist_ok=True)
-        words = ["--out-dir", name]
-        for key, value in options.items():
-            flag, is_flag = key.replace("_", "-"), isinstance(value, bool) and key != "standardize_reward"  # or None
-            words += [f"--{'' if value else 'no-'}{flag}"] if is_flag else [f"--{flag}", value]
-    print(f"{name}: {script} {' '.join(map(str, words))}", flush=True)
+    """Make the run out/name of a script, or go on with it, and return its run folder. If it has ended, nothing is done.
+    Paths in the options are relative to `out`. The program ends if out/name was made with other options."""
+    (out / name).mkdir(parents=True, exist_ok=True)
     with open(out / name / "log.txt", "a") as log:
-        command = [sys.executable, ROOT / script, *map(str, words)]
-        if subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log).returncode != 0:
-            sys.exit(f"error: {name} has failed, see {log.name}")
-    return run(out, name, script, **options)
+        fcntl.flock(log, fcntl.LOCK_EX)  # waits if another process makes this run
+        path = out / name / "options.json"
+        if not path.exists():
+            path.write_text(json.dumps(options))
+        if changed := differences(json.loads(path.read_text()), options):
+            sys.exit(f"error: {out / name} was made with another {changed}: move it away")
+        made = sorted((out / name).glob("*/args.json"))
+        if not made or not (made[-1].parent / "final_returns.npz").exists():
+            words = ["--resume", str(made[-1].parent)] if made else ["--out-dir", name, *words_of(options)]
+            print(f"{name}: {script} {' '.join(words)}", flush=True)
+            command = [sys.executable, ROOT / script, *words]
+            if subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log).returncode != 0:
+                sys.exit(f"error: {name} has failed, see {log.name}")
+            made = sorted((out / name).glob("*/args.json"))
+    return made[-1].parent
+
+
+def differences(old, new):
+    """The keys whose values differ, as a text."""
+    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
 
 
 def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.npz"), **options):
-    """What `last_values` says of a run: {"return_mean": ..., "marginal": ...}. It is in the file `path` (.jsonl), with
-    the options, so that results outlive their runs. If it is not, the run is made, in the file's folder. `source`:
-    name, script and options of the run from which this one takes its samples, or another option and file."""
+    """The values of a run, see `last_values`. If the file `path` (.jsonl) has them, they are read there: results
+    outlive their runs. If not, the run is made in the file's folder, and its options and values are added to the file.
+    `source` is name, script and options of a run that is made before: its file takes[1] becomes the option takes[0]."""
     own = dict(name=name, script=script, **options) | (dict(source=source[0]) if source else {})
-    own |= dict(dataset_path=Path(options["dataset_path"]).name) if "dataset_path" in options else {}
+    if "dataset_path" in options and (data := path.parent / options["dataset_path"]).is_file():
+        own |= dict(dataset_path=data.name, dataset_bytes=data.stat().st_size)
     for entry in recorded(path):
         if entry["name"] == name:
             values = entry.pop("values")
-            if entry != own:
-                sys.exit(f"error: {path} has another {name}: {entry}")
+            if changed := differences(entry, own):
+                sys.exit(f"error: {path} has a {name} with another {changed}")
             return values
     if source:
         source_name, source_script, source_options = source
@@ -88,7 +104,8 @@ def last_values(folder):
     logged = {key: x[-3:] if key.startswith("eval/") else x[-1:] for key, x in logged.items() if np.isfinite(x[-1])}
     values = {key.split("/")[1]: round(np.mean(x), 4) for key, x in logged.items() if key.startswith(("eval", "diff"))}
     if (folder / "diffusion.pt").exists():
-        values["parameters"] = sum(x.numel() for x in edm.load_edm(folder / "diffusion.pt").parameters())
+        model = edm.load_edm(folder / "diffusion.pt")
+        values["parameters"] = sum(x.numel() for x in model.state_dict().values())  # all that is needed to sample
     return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
 
 

@@ -7,12 +7,13 @@ augmented ones. And the data multiplier: how many real rows give the score that 
 
 The data are replay buffers of SAC agents that `synther_sac_online.py` collects, or a file of yours:
 
-    python tests/paper/small_data.py --out small_data --data walker2d.hdf5 --env Walker2d-v4
+    python tests/paper/small_data.py --out small_data --data my_data.hdf5 --env Walker2d-v4
 
 The table shows the normalised score, mean of the last three evaluations, and its standard deviation over seeds. Each
 seed has its own subset of the rows, diffusion model and agent.
 """
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,11 @@ SCALES = {
     "cpu": dict(updates=50_000, eval_every=5_000, diffusion_steps=10_000, num_samples=100_000),
     "paper": dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
-METHODS = {"real": {}, "generated": {}, **{x: dict(augment=x) for x in ("additive", "multiplicative", "dynamics")}}
+METHODS = {
+    "real": dict(data="real", augment="none"),
+    "generated": dict(data="synther", augment="none"),
+    **{kind: dict(data="real", augment=kind) for kind in ("additive", "multiplicative", "dynamics")},
+}
 
 
 @dataclass
@@ -45,10 +50,10 @@ class Args:
     scale: Literal["cpu", "paper"] = "cpu"
     """cpu: 50,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
     seeds: int = 3  # of the rows, the diffusion model and the agent
-    data: tuple[str, ...] = tuple(DATA)  # and files in D4RL's layout
+    data: tuple[str, ...] = tuple(DATA)  # halfcheetah, hopper, walker2d, cartpole, or a file in D4RL's layout
     env: Optional[str] = None  # where agents on such a file are evaluated
     sizes: tuple[int, ...] = (2_500, 5_000, 10_000, 20_000)
-    methods: tuple[str, ...] = ("real", "generated")  # and additive, multiplicative, dynamics
+    methods: tuple[Literal["real", "generated", "additive", "multiplicative", "dynamics"], ...] = ("real", "generated")
     agents: tuple[Literal["td3bc", "iql"], ...] = ("td3bc",)
     workers: int = 2  # runs at a time, one thread each
 
@@ -58,25 +63,27 @@ def collect(args, name):
     _, options = DATA.get(name, (None, None))
     if options and not (args.out / f"{name}.hdf5").exists():
         options = options | dict(algo="sac", eval_every=10_000, save_dataset=f"{name}.hdf5")
-        run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
+        folder = run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
+        if not (args.out / f"{name}.hdf5").exists():
+            sys.exit(f"error: {name}.hdf5 is gone, but the run that made it has ended: move {folder.parent} away")
 
 
-def make(args, agent, name, method, size, seed):
+def run_of(args, agent, name, method, size, seed):
+    """Name, script and options of one run."""
+    options = dict(env=DATA[name][0] if name in DATA else args.env, subsample=float(size), seed=seed)
+    options |= dict(diffusion_seed=seed, **SCALES[args.scale], **METHODS[method])
+    if name != "halfcheetah":
+        path = f"{name}.hdf5" if name in DATA else str(Path(name).resolve())
+        options |= dict(dataset_path=path, true_next_obs=True)
+    return f"{agent}-{Path(name).stem}-{method}-{size}-{seed}", f"synther_{agent}.py", options
+
+
+def make(args, agent, *cell):
     """Make one run, if it is not recorded. Each seed has its own rows and diffusion model; all agents take the samples
-    of the first."""
-
-    def run_of(agent):
-        options = dict(env=DATA[name][0] if name in DATA else args.env)
-        options |= dict(subsample=float(size), seed=seed, diffusion_seed=seed, **SCALES[args.scale], **METHODS[method])
-        options |= dict(data="synther" if method == "generated" else "real")
-        if name != "halfcheetah":
-            path = f"{name}.hdf5" if name in DATA else str(Path(name).resolve())
-            options |= dict(dataset_path=path, true_next_obs=True)
-        return f"{agent}-{Path(name).stem}-{method}-{size}-{seed}", f"synther_{agent}.py", options
-
-    own_name, script, options = run_of(agent)
-    source = run_of(args.agents[0]) if method == "generated" and agent != args.agents[0] else None
-    result(args.out / "small_data.jsonl", own_name, script, source, **options)
+    of TD3+BC."""
+    name, script, options = run_of(args, agent, *cell)
+    source = run_of(args, "td3bc", *cell) if options["data"] == "synther" and agent != "td3bc" else None
+    result(args.out / "small_data.jsonl", name, script, source, **options)
 
 
 def multiplier(sizes, real, generated, draws=1_000):
@@ -99,15 +106,16 @@ def multiplier(sizes, real, generated, draws=1_000):
 def main(args):
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.data:
+        if name not in DATA and not (Path(name).is_file() and args.env and Path(name).stem not in DATA):
+            sys.exit(f"error: {name} is none of {', '.join(DATA)}; a file needs --env, and another name than these")
     if args.seeds:
         at_once(args.workers, [partial(collect, args, name) for name in args.data])
-    for seed in range(args.seeds):  # so that a table can be shown after each
-        for agent in args.agents:  # one after the other, because the second takes the samples of the first
+    for seed in range(args.seeds):
+        for agent in args.agents:  # one after the other, because IQL takes the samples of TD3+BC
             cells = product([agent], args.data, args.methods, args.sizes, [seed])
             at_once(args.workers, [partial(make, args, *cell) for cell in cells])
-        show(args)
-    if not args.seeds:
-        show(args)
+    show(args)
 
 
 def show(args):
@@ -117,6 +125,8 @@ def show(args):
         agent, name = entry["name"].split("-", 1)
         name, method, size, _ = name.rsplit("-", 3)
         scores[name, agent, method][int(size)].append(entry["values"]["score"])
+    if not scores:
+        sys.exit(f"error: nothing is recorded in {args.out}")
     names, sizes = sorted({key[0] for key in scores}), sorted({size for own in scores.values() for size in own})
     print(f"| data, agent, rows (seeds) | {' | '.join(f'{size:,}' for size in sizes)} |\n|---{'|---' * len(sizes)}|")
     fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False, layout="constrained")

@@ -33,6 +33,9 @@ SCALES = {
 }
 
 
+MODELS = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
+
+
 @dataclass
 class Args:
     out: Path  # folder for samples, runs and the table
@@ -40,7 +43,7 @@ class Args:
     env: Literal["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"] = "HalfCheetah-v4"  # their environment
     true_next_obs: bool = False  # as in the scripts
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 20,000 updates
-    models: tuple[str, ...] = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
+    models: tuple[Literal[MODELS], ...] = MODELS
     seeds: int = 1  # agents on each model's samples; 0: none
     workers: int = 2  # agents at a time, one thread each
 
@@ -81,7 +84,7 @@ def from_library(name, rows, num_samples):
 
 
 def main(args):
-    args.out = args.out.resolve()
+    args.out = args.out.resolve() / f"{Path(args.data).stem}-{args.scale}"
     args.out.mkdir(parents=True, exist_ok=True)
     data = edm.load_transitions(args.data, args.true_next_obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
@@ -112,7 +115,7 @@ def main(args):
     jobs = [partial(result, args.out / "table1.jsonl", f"{name}-{seed}", "synther_td3bc.py", **options, seed=seed,
                     num_samples=num_samples, synthetic_path=f"{name}.npz") for name in args.models
             for seed in range(args.seeds)]  # fmt: skip
-    scores = np.array([values["score"] for values in at_once(args.workers, jobs)]).reshape(-1, args.seeds)
+    scores = np.array([values["score"] for values in at_once(args.workers, jobs)]).reshape(len(args.models), args.seeds)
     print("| model | marginal | correlation | AUC | dynamics | reward | score |\n|---|---|---|---|---|---|---|")
     for name, own in zip(args.models, scores):
         samples = edm.load_transitions(args.out / f"{name}.npz")

@@ -8,6 +8,7 @@ shows return / 10, mean of the last three evaluations, and its standard deviatio
 diffusion model and heads.
 """
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,36 +33,36 @@ EPISODES = {"cpu": 40, "paper": 200}
 class Args:
     out: Path  # folder for the runs
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 40 episodes, 8,000 and 10,000 updates; paper: 200, 550,000, a GPU
-    algo: Literal["drqbc", "bc"] = "drqbc"
     seeds: int = 1
     workers: int = 2  # runs at a time, one thread each
 
 
 def film(args):
     """The folder of images of an agent, which are made if they are not there."""
-    folder = args.out / "vd4rl_data"
+    folder, part = args.out / f"images-{args.scale}", args.out / f"images-{args.scale}-part"
     if not folder.exists():
         options = dict(env="dmc/walker-walk", algo="sac", total_steps=100_000, eval_every=10_000)
         agent = run(args.out, "agent", "synther_sac_online.py", **options)
-        words = ["--env", "walker-walk-expert", "--run", agent, "--episodes", EPISODES[args.scale]]
-        command = [sys.executable, ROOT / "tests/paper/vd4rl_data.py", *words, "--out", args.out / "part"]
-        subprocess.run([str(word) for word in command], env=ENVIRON, check=True)
-        (args.out / "part").rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
+        words = ["--env", "walker-walk-expert", "--run", agent, "--episodes", EPISODES[args.scale], "--out", part]
+        command = [sys.executable, ROOT / "tests/paper/vd4rl_data.py", *map(str, words)]
+        if subprocess.run(command, env=ENVIRON).returncode != 0:
+            sys.exit("error: no images could be made")
+        part.rename(folder)
     return folder
 
 
 def main(args):
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    film(args)
-    options = dict(env="walker-walk-expert", dataset_path="vd4rl_data", algo=args.algo, **SCALES[args.scale])
-    stage1 = f"{args.algo} stage 1", "synther_vd4rl.py", options | dict(data="real")
+    options = dict(env="walker-walk-expert", dataset_path=film(args).name, **SCALES[args.scale])
+    stage1 = "stage 1", "synther_vd4rl.py", options | dict(data="real", stage2_updates=1)
     run(args.out, stage1[0], stage1[1], **stage1[2])
 
     def job(seed, latent, data):
         own = options | dict(latent=latent, data=data, seed=seed, diffusion_seed=seed)
-        name = f"{args.algo} {latent} {data} {seed}"
-        return result(args.out / "table13.jsonl", name, "synther_vd4rl.py", stage1, takes=("agent_path", ""), **own)
+        path, name = args.out / "table13.jsonl", f"{latent} {data} {seed}"
+        return result(path, name, "synther_vd4rl.py", stage1, takes=("agent_path", ""), **own)
 
     cells = [*product(range(args.seeds), ("both", "actor", "critic"), ("real", "synther"))]
     found = dict(zip(cells, at_once(args.workers, [partial(job, *cell) for cell in cells])))

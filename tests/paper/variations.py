@@ -4,8 +4,9 @@ half real data (Table 12), number of samples (Figure 9). Each is a list of runs 
     python tests/paper/variations.py table12 --out variations               # on the quickstart's data: an hour
     python tests/paper/variations.py figure9 --out variations --seeds 3     # goes on where it stopped, with more seeds
 
-The table shows the quality of the samples, and the score: the mean of the last three evaluations, with its mean and
-standard deviation over the agent's seeds, which share their samples.
+A run's score is the mean of its last three evaluations. The table has the mean and the standard deviation of it over
+seeds of the agent. All seeds learn from the samples of seed 0. Data / model: how many numbers the real data have for
+one of the diffusion model.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 import tyro
 from runs import at_once, result
 
+import edm
+
 LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
 SCALES = {
     "cpu": dict(updates=40_000, eval_every=2_500, diffusion_steps=20_000, num_samples=200_000),
@@ -26,16 +29,16 @@ SCALES = {
 STUDIES = {
     "table3": {"real": dict(data="real"), "generated": {}, "real, larger agent": dict(data="real") | LARGE,
                "larger agent, samples of generated": LARGE},
-    "table5": {"real": dict(data="real"), "generated": {}}
-              | {f"{width} units": dict(diffusion_width=width) for width in (128, 64, 32, 16)},
+    "table5": {"real": dict(data="real")} | {f"{x} units": dict(diffusion_width=x) for x in (256, 128, 64, 32)},
     "table10": {f"depth {depth}, {kind}": dict(diffusion_depth=depth, diffusion_residual=kind == "residual")
                 for kind in ("residual", "plain") for depth in (2, 4, 6)},
-    "table12": {"real": dict(data="real"), "generated": {}, "half of each": dict(data="mixed")},
+    "table12": {"real": dict(data="real"), "generated": {}, "half of each, samples of generated": dict(data="mixed")},
     "figure9": {"generated": {}} | {f"one in {k}, samples of generated": dict(share=k) for k in (2, 5, 20, 100)},
 }  # fmt: skip
-ONLY_CPU = {  # more options of all runs of a study, or of all with a larger agent, at scale cpu
+ONLY_CPU = {  # more options of table3's larger agents, and of all runs of the others, at scale cpu
     "table3": dict(updates=10_000, eval_every=625),  # as many rows as with the smaller batch
-    "table10": dict(diffusion_recipe="paper", diffusion_width=256, diffusion_lr=1e-3),
+    "table5": (small := dict(diffusion_recipe="paper", diffusion_lr=1e-3)),
+    "table10": small | dict(diffusion_width=256),
 }
 
 
@@ -43,10 +46,10 @@ ONLY_CPU = {  # more options of all runs of a study, or of all with a larger age
 class Args:
     study: Annotated[Literal["table3", "table5", "table10", "table12", "figure9"], tyro.conf.Positional]
     out: Path  # folder for the runs
-    env: str = "quickstart"  # and --dataset-path: as in the scripts
-    dataset_path: Optional[Path] = None
+    env: str = "quickstart"  # as in the scripts
+    dataset_path: Optional[Path] = None  # as in the scripts
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 200,000 samples, 40,000 updates
-    seeds: int = 1  # of the agent
+    seeds: int = 1  # of the agent, at least one
     workers: int = 2  # runs at a time, one thread each
 
 
@@ -55,8 +58,8 @@ def options_of(args, label, seed):
     options = dict(env=args.env, seed=seed) | SCALES[args.scale]
     options |= dict(dataset_path=str(args.dataset_path.resolve())) if args.dataset_path else {}
     options |= STUDIES[args.study][label]
-    if args.scale == "cpu" and (args.study == "table10" or "larger" in label):
-        options |= ONLY_CPU[args.study]
+    if args.scale == "cpu" and (args.study != "table3" or "larger" in label):
+        options |= ONLY_CPU.get(args.study, {})
     options["num_samples"] //= options.pop("share", 1)
     if options.get("data") == "mixed":
         del options["num_samples"]  # as many as there are real rows
@@ -80,11 +83,14 @@ def main(args):
         for some in own, [label for label in labels if label not in own]:
             values = at_once(args.workers, [partial(job, label, seed) for label in some])
             found |= {(label, seed): value for label, value in zip(some, values)}
-    print("| | parameters | marginal | correlation | AUC | score |\n|---|---|---|---|---|---|")
+    real = edm.load_transitions(str(args.dataset_path or args.env))
+    numbers = sum(x.size for x in real.values())
+    print("| | data / model | marginal | correlation | AUC | score |\n|---|---|---|---|---|---|")
     for label in labels:
-        scores = np.array([found[label, seed]["score"] for seed in range(args.seeds)])
-        quality = [found[label, 0].get(key, "") for key in ("parameters", "marginal", "correlation", "c2st")]
-        print(f"| {label} | {' | '.join(map(str, quality))} | {scores.mean():.1f} ± {scores.std():.1f} |")
+        scores, first = np.array([found[label, seed]["score"] for seed in range(args.seeds)]), found[label, 0]
+        columns = [f"{numbers / first['parameters']:.1f}" if "parameters" in first else ""]
+        columns += [f"{first[key]:.3f}" if key in first else "" for key in ("marginal", "correlation", "c2st")]
+        print(f"| {label} | {' | '.join(columns)} | {scores.mean():.1f} ± {scores.std():.1f} |")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,16 @@ def test_run_is_made_once_and_goes_on(tmp_path):
         runs.run(tmp_path, "two", tmp_path / "script.py", seed=3)
 
 
+def test_two_jobs_make_a_run_once(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[2]) / str(time.time_ns())\n"
+        "folder.mkdir()\n(folder / 'args.json').touch()\ntime.sleep(0.3)\n(folder / 'final_returns.npz').touch()"
+    )
+    first, second = runs.at_once(2, 2 * [lambda: runs.run(tmp_path, "one", tmp_path / "script.py")])
+    assert first == second and [*(tmp_path / "one").glob("*/")] == [first]
+
+
 def test_results_outlive_their_runs(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     script = str(tmp_path / "script.py")

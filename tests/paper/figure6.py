@@ -35,7 +35,7 @@ class Args:
     tasks: tuple[str, ...] = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4")
     """the paper has these in Gymnasium's v2, and dmc/cheetah-run, dmc/quadruped-walk, dmc/reacher-hard"""
     methods: tuple[Literal[tuple(METHODS)], ...] = ("sac", "sac, 20 updates", "redq", "synther")
-    """the last, with a standardised reward, is another experiment in dmc/ alone"""
+    """'synther, reward standardised' differs from synther in dmc/ alone"""
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 15,000 environment steps, and a tenth of the diffusion training
     seeds: int = 2
     workers: int = 2  # runs at a time, one thread each

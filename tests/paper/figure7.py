@@ -33,7 +33,7 @@ class Args:
 
 
 def scores_of(path):
-    """(value of arguments, score) of each finished run at a path."""
+    """(arguments, score) of each finished run at a path."""
     if path.suffix == ".jsonl":
         for entry in recorded(path):
             yield entry, entry["values"]["score"]
@@ -49,7 +49,9 @@ def paired_scores(args):
         task = tuple(str(settings.get(key)) for key in ("script", "env", "dataset_path", "subsample"))
         seeds = settings["seed"], settings.get("diffusion_seed")
         for kind in ("new", "old"):
-            if all(str(settings.get(key)) == value for key, value in (x.split("=") for x in getattr(args, kind))):
+            if all(
+                str(settings.get(key)) == value for key, _, value in (x.partition("=") for x in getattr(args, kind))
+            ):
                 if seeds in found[kind, task]:
                     sys.exit(f"error: two --{kind} runs of {task} have the same seeds: add what they differ in")
                 found[kind, task][seeds] = score

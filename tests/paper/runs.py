@@ -30,11 +30,11 @@ def words_of(options):
     """The command line of options."""
     words = []
     for key, value in options.items():
-        flag, is_flag = (
-            key.replace("_", "-"),
-            isinstance(value, bool) and key != "standardize_reward",
-        )  # that may be None
-        words += [f"--{'' if value else 'no-'}{flag}"] if is_flag else [f"--{flag}", str(value)]
+        flag = key.replace("_", "-")
+        if isinstance(value, bool) and key != "standardize_reward":  # which may be None, and so takes a word
+            words += [f"--{'' if value else 'no-'}{flag}"]
+        else:
+            words += [f"--{flag}", str(value)]
     return words
 
 

@@ -53,7 +53,7 @@ class Args:
     data: tuple[str, ...] = tuple(DATA)  # halfcheetah, hopper, walker2d, cartpole, or a file in D4RL's layout
     env: Optional[str] = None  # where agents on such a file are evaluated
     sizes: tuple[int, ...] = (2_500, 5_000, 10_000, 20_000)
-    methods: tuple[Literal["real", "generated", "additive", "multiplicative", "dynamics"], ...] = ("real", "generated")
+    methods: tuple[Literal[tuple(METHODS)], ...] = ("real", "generated")
     agents: tuple[Literal["td3bc", "iql"], ...] = ("td3bc",)
     workers: int = 2  # runs at a time, one thread each
 
@@ -135,14 +135,13 @@ def show(args):
         print(f"| {name}, {agent}, {method} | {' | '.join(text)} |")
         ax, here = axes[0, names.index(name)], sorted(own)
         style = dict(color=f"C{[*METHODS].index(method)}", linestyle="--" if agent == "iql" else "-", capsize=3)
-        spread = [np.std(own[size]) for size in here]
-        ax.errorbar(
-            here, [np.mean(own[size]) for size in here], spread, label=f"{agent}, {method}", marker="o", **style
-        )
+        mean, spread = zip(*((np.mean(own[size]), np.std(own[size])) for size in here))
+        ax.errorbar(here, mean, spread, label=f"{agent}, {method}", marker="o", **style)
         ax.set(title=name, xscale="log", xlabel="real transitions", ylabel="normalised score")
     for name, agent in sorted({key[:2] for key in scores}):
         real, generated = (scores[name, agent, method] for method in ("real", "generated"))
-        if both := sorted(set(real) & set(generated)):
+        both = sorted(set(real) & set(generated))
+        if len(both) > 1:  # with one size there is nothing to interpolate
             factors = multiplier(both, [real[size] for size in both], [generated[size] for size in both])
             print(f"| {name}, {agent}, data multiplier ({', '.join(f'{x:,}' for x in both)}) | {' | '.join(factors)} |")
     axes[0, 0].legend()

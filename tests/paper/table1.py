@@ -31,8 +31,6 @@ SCALES = {
     "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=20_000, eval_every=2_500),
     "paper": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_every=5_000),
 }
-
-
 MODELS = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
 
 

@@ -20,6 +20,7 @@ from runs import at_once, result
 
 import edm
 
+SMALL_DENOISER = dict(diffusion_recipe="paper", diffusion_lr=1e-3)
 LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
 SCALES = {
     "cpu": dict(updates=40_000, eval_every=2_500, diffusion_steps=20_000, num_samples=200_000),
@@ -37,14 +38,14 @@ STUDIES = {
 }  # fmt: skip
 ONLY_CPU = {  # more options of table3's larger agents, and of all runs of the others, at scale cpu
     "table3": dict(updates=10_000, eval_every=625),  # as many rows as with the smaller batch
-    "table5": (small := dict(diffusion_recipe="paper", diffusion_lr=1e-3)),
-    "table10": small | dict(diffusion_width=256),
+    "table5": SMALL_DENOISER,
+    "table10": SMALL_DENOISER | dict(diffusion_width=256),
 }
 
 
 @dataclass
 class Args:
-    study: Annotated[Literal["table3", "table5", "table10", "table12", "figure9"], tyro.conf.Positional]
+    study: Annotated[Literal[tuple(STUDIES)], tyro.conf.Positional]
     out: Path  # folder for the runs
     env: str = "quickstart"  # as in the scripts
     dataset_path: Optional[Path] = None  # as in the scripts

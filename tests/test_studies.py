@@ -44,15 +44,15 @@ else:  # as if stopped at once
 
 def test_run_is_made_once_and_goes_on(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    with pytest.raises(SystemExit, match="one has failed"):
+    with pytest.raises(edm.RunError, match="one has failed"):
         runs.run(tmp_path, "one", tmp_path / "script.py", seed=3)
     folder = runs.run(tmp_path, "one", tmp_path / "script.py", seed=3)
     assert json.loads((folder / "args.json").read_text()) == {"seed": 3}
     (tmp_path / "script.py").write_text("raise SystemExit(2)")
     assert runs.run(tmp_path, "one", tmp_path / "script.py", seed=3) == folder
-    with pytest.raises(SystemExit, match="was made with another seed"):
+    with pytest.raises(edm.RunError, match="was made with another seed"):
         runs.run(tmp_path, "one", tmp_path / "script.py", seed=4)
-    with pytest.raises(SystemExit, match="two has failed"):
+    with pytest.raises(edm.RunError, match="two has failed"):
         runs.run(tmp_path, "two", tmp_path / "script.py", seed=3)
 
 
@@ -69,14 +69,14 @@ def test_two_jobs_make_a_run_once(tmp_path):
 def test_results_outlive_their_runs(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     script = str(tmp_path / "script.py")
-    with pytest.raises(SystemExit, match="one has failed"):
+    with pytest.raises(edm.RunError, match="one has failed"):
         runs.result(tmp_path / "results.jsonl", "one", script, seed=3)
     values = runs.result(tmp_path / "results.jsonl", "one", script, seed=3)
     assert values == dict(return_mean=20, score=2, c2st=0.6)  # of the last three evaluations
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "script.py").unlink()
     assert runs.result(tmp_path / "results.jsonl", "one", script, seed=3)["score"] == 2
-    with pytest.raises(SystemExit, match="has a one with another seed"):
+    with pytest.raises(edm.RunError, match="has a one with another seed"):
         runs.result(tmp_path / "results.jsonl", "one", script, seed=4)
 
 
@@ -114,7 +114,7 @@ def test_pairs_of_figure7(tmp_path):
     new, old = figure7.paired_scores(args)
     assert new.tolist() == [[1, 1], [11, 11]] and old.tolist() == [[0, 0], [10, 10]]
     args.old = ("env=a",)
-    with pytest.raises(SystemExit, match="two --old runs"):
+    with pytest.raises(edm.RunError, match="two --old runs"):
         figure7.paired_scores(args)
 
 

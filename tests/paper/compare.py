@@ -10,7 +10,6 @@ Each environment has its own panel.
 
 import csv
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,9 @@ from typing import Annotated, Optional
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from runs import launch
+
+import edm
 
 
 @dataclass
@@ -57,9 +59,9 @@ def main(args):
             seeds = settings["seed"], settings["diffusion_seed"]
             other = found[settings["env"], label, settings.get(args.against)].setdefault(seeds, run)
             if other != run:
-                sys.exit(f"error: {run} and {other} have the same seeds: add to --by what they differ in")
+                raise edm.RunError(f"{run} and {other} have the same seeds: add to --by what they differ in")
     if not found:
-        sys.exit("error: no finished run among these folders")
+        raise edm.RunError("no finished run among these folders")
     envs, labels, values = ([*dict.fromkeys(column)] for column in zip(*found))
     values = sorted(values, key=lambda value: np.inf if value is None else value)  # None: no limit
     shape = (len(envs), 2) if args.wall_clock else (1, len(envs))
@@ -97,4 +99,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

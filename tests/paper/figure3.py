@@ -13,8 +13,8 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
 from dynamics import NQ
+from runs import launch
 from sklearn.manifold import TSNE
 
 import edm
@@ -74,4 +74,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
-from runs import at_once, result
+from runs import at_once, launch, result
 
 METHODS = {
     "sac": dict(algo="sac"),
@@ -62,4 +61,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -10,7 +10,6 @@ three evaluations. The intervals are 95% bootstrap intervals over seeds, by rlia
 """
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from runs import last_values, recorded
+from runs import last_values, launch, recorded
+
+import edm
 
 
 @dataclass
@@ -42,8 +43,8 @@ def scores_of(path):
 
 
 def paired_scores(args):
-    """Scores of both kinds, [seeds, tasks] each. The program ends if there are none, or if one kind has two runs of a
-    task with the same seeds."""
+    """Scores of both kinds, [seeds, tasks] each. Raises edm.RunError if there are none, or if one kind has two runs of
+    a task with the same seeds."""
     found = defaultdict(dict)  # (kind, task) -> seeds -> score
     for settings, score in (pair for path in args.paths for pair in scores_of(path)):
         task = tuple(str(settings.get(key)) for key in ("script", "env", "dataset_path", "subsample"))
@@ -53,11 +54,11 @@ def paired_scores(args):
                 str(settings.get(key)) == value for key, _, value in (x.partition("=") for x in getattr(args, kind))
             ):
                 if seeds in found[kind, task]:
-                    sys.exit(f"error: two --{kind} runs of {task} have the same seeds: add what they differ in")
+                    raise edm.RunError(f"two --{kind} runs of {task} have the same seeds: add what they differ in")
                 found[kind, task][seeds] = score
     tasks = sorted({task for _, task in found if {("new", task), ("old", task)} <= set(found)})
     if not tasks:
-        sys.exit("error: no task has finished runs of both kinds")
+        raise edm.RunError("no task has finished runs of both kinds")
     seeds = min(len(found[kind, task]) for kind in ("new", "old") for task in tasks)
     return (np.array([[*found[kind, task].values()][:seeds] for task in tasks]).T for kind in ("new", "old"))
 
@@ -78,4 +79,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -10,15 +10,13 @@ action. A policy can lower the first below the second only by remembering single
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
+from runs import launch
 
-sys.path.append(str(Path(__file__).parents[2]))
 import edm
 import synther_vd4rl
 
@@ -106,4 +104,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -7,17 +7,14 @@ As in D4RL, one long walk to goals drawn at random, on the shortest path over ce
 controller with noise. `timeouts` mark arrivals, nothing terminates, and a row's reward is that of its own position.
 """
 
-import sys
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import h5py
 import numpy as np
-import tyro
+from runs import launch
 
-sys.path.append(str(Path(__file__).parents[2]))
 import edm
 import synther_td3bc
 
@@ -89,4 +86,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

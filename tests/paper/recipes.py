@@ -21,8 +21,8 @@ from typing import Optional
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
-from dynamics import dynamics_scores  # it makes edm importable, too
+from dynamics import dynamics_scores
+from runs import launch
 
 import edm
 
@@ -180,4 +180,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

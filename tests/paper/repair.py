@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
-from dynamics import replay  # it makes edm importable, too
+from dynamics import replay
+from runs import launch
 from sklearn.neighbors import NearestNeighbors
 
 import edm
@@ -65,4 +65,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -1,4 +1,4 @@
-"""What the studies share: runs of the scripts, each made once, and a task of the DeepMind Control suite.
+"""What the studies share: their start, runs of the scripts, each made once, and a task of DeepMind Control.
 
 Where this folder is on PYTHONPATH, the task is named as `--env runs:cartpole-swingup-v0`.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -24,6 +25,15 @@ ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([s
 
 gym.register("cartpole-swingup-v0", "synther_sac_online:DMC", max_episode_steps=1000,
              kwargs=dict(domain="cartpole", task="swingup"))  # fmt: skip
+
+
+def launch(main, args_class, description):
+    """Call main with the arguments of the command line. Bad input ends it with one sentence and exit code 2."""
+    try:
+        main(tyro.cli(args_class, description=description))
+    except (edm.RunError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(2)
 
 
 def words_of(options):
@@ -40,7 +50,7 @@ def words_of(options):
 
 def run(out, name, script, **options):
     """Make the run out/name of a script, or go on with it, and return its run folder. If it has ended, nothing is done.
-    Paths in the options are relative to `out`. The program ends if out/name was made with other options."""
+    Paths in the options are relative to `out`. Raises edm.RunError if it fails, or was made with other options."""
     (out / name).mkdir(parents=True, exist_ok=True)
     with open(out / name / "log.txt", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)  # waits if another process makes this run
@@ -48,14 +58,14 @@ def run(out, name, script, **options):
         if not path.exists():
             path.write_text(json.dumps(options))
         if changed := differences(json.loads(path.read_text()), options):
-            sys.exit(f"error: {out / name} was made with another {changed}: move it away")
+            raise edm.RunError(f"{out / name} was made with another {changed}: move it away")
         made = sorted((out / name).glob("*/args.json"))
         if not made or not (made[-1].parent / "final_returns.npz").exists():
             words = ["--resume", str(made[-1].parent)] if made else ["--out-dir", name, *words_of(options)]
             print(f"{name}: {script} {' '.join(words)}", flush=True)
             command = [sys.executable, ROOT / script, *words]
             if subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log).returncode != 0:
-                sys.exit(f"error: {name} has failed, see {log.name}")
+                raise edm.RunError(f"{name} has failed, see {log.name}")
             made = sorted((out / name).glob("*/args.json"))
     return made[-1].parent
 
@@ -76,7 +86,7 @@ def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.
         if entry["name"] == name:
             values = entry.pop("values")
             if changed := differences(entry, own):
-                sys.exit(f"error: {path} has a {name} with another {changed}")
+                raise edm.RunError(f"{path} has a {name} with another {changed}")
             return values
     if source:
         source_name, source_script, source_options = source

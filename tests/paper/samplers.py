@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import tyro
-from dynamics import ModelArgs, dynamics_scores, load  # it makes edm importable, too
+from dynamics import ModelArgs, dynamics_scores, load
+from runs import launch
 
 import edm
 
@@ -71,4 +71,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

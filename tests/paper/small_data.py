@@ -13,7 +13,6 @@ The table shows the normalised score, mean of the last three evaluations, and it
 seed has its own subset of the rows, diffusion model and agent.
 """
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,9 @@ from typing import Literal, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
-from runs import at_once, recorded, result, run
+from runs import at_once, launch, recorded, result, run
+
+import edm
 
 # Name of the data -> the environment to evaluate in, and how to collect them.
 DATA = {
@@ -65,7 +65,7 @@ def collect(args, name):
         options = options | dict(algo="sac", eval_every=10_000, save_dataset=f"{name}.hdf5")
         folder = run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
         if not (args.out / f"{name}.hdf5").exists():
-            sys.exit(f"error: {name}.hdf5 is gone, but the run that made it has ended: move {folder.parent} away")
+            raise edm.RunError(f"{name}.hdf5 is gone, but the run that made it has ended: move {folder.parent} away")
 
 
 def run_of(args, agent, name, method, size, seed):
@@ -108,7 +108,7 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.data:
         if name not in DATA and not (Path(name).is_file() and args.env and Path(name).stem not in DATA):
-            sys.exit(f"error: {name} is none of {', '.join(DATA)}; a file needs --env, and another name than these")
+            raise edm.RunError(f"{name} is none of {', '.join(DATA)}; a file needs --env, and another name than these")
     if args.seeds:
         at_once(args.workers, [partial(collect, args, name) for name in args.data])
     for seed in range(args.seeds):
@@ -126,7 +126,7 @@ def show(args):
         name, method, size, _ = name.rsplit("-", 3)
         scores[name, agent, method][int(size)].append(entry["values"]["score"])
     if not scores:
-        sys.exit(f"error: nothing is recorded in {args.out}")
+        raise edm.RunError(f"nothing is recorded in {args.out}")
     names, sizes = sorted({key[0] for key in scores}), sorted({size for own in scores.values() for size in own})
     print(f"| data, agent, rows (seeds) | {' | '.join(f'{size:,}' for size in sizes)} |\n|---{'|---' * len(sizes)}|")
     fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False, layout="constrained")
@@ -150,4 +150,4 @@ def show(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

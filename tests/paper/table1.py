@@ -21,9 +21,8 @@ from typing import Literal
 import numpy as np
 import scipy.stats
 import torch
-import tyro
 from dynamics import dynamics_scores
-from runs import at_once, result
+from runs import at_once, launch, result
 
 import edm
 
@@ -125,4 +124,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

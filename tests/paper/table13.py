@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
-from runs import ENVIRON, ROOT, at_once, result, run
+from runs import ENVIRON, ROOT, at_once, launch, result, run
+
+import edm
 
 SCALES = {
     "cpu": dict(stage1_updates=8_000, stage2_updates=10_000, batch_size=64, noise_duration=900, eval_every=2_500,
@@ -47,7 +48,7 @@ def film(args):
         words = ["--env", "walker-walk-expert", "--run", agent, "--episodes", EPISODES[args.scale], "--out", part]
         command = [sys.executable, ROOT / "tests/paper/vd4rl_data.py", *map(str, words)]
         if subprocess.run(command, env=ENVIRON).returncode != 0:
-            sys.exit("error: no images could be made")
+            raise edm.RunError("no images could be made")
         part.rename(folder)
     return folder
 
@@ -76,4 +77,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -8,8 +8,8 @@ Printed are the share of terminals, and the recall and precision of the flags ag
 
 from dataclasses import dataclass
 
-import tyro
-from dynamics import ModelArgs, dynamics_scores, load  # it makes edm importable, too
+from dynamics import ModelArgs, dynamics_scores, load
+from runs import launch
 
 import edm
 
@@ -35,4 +35,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Optional
 
 import numpy as np
 import tyro
-from runs import at_once, result
+from runs import at_once, launch, result
 
 import edm
 
@@ -95,4 +95,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, Args, __doc__)

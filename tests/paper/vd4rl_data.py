@@ -11,7 +11,6 @@ agent learned to choose one for each step, so it plays a little worse than in it
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -19,9 +18,8 @@ from typing import Optional
 import h5py
 import numpy as np
 import torch
-import tyro
+from runs import launch
 
-sys.path.append(str(Path(__file__).parents[2]))
 import edm
 import synther_sac_online
 import synther_vd4rl
@@ -83,8 +81,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (edm.RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch(main, Args, __doc__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from runs import at_once, launch, result
+from runs import at_once, draw_scores, launch, result
 
 METHODS = {
     "sac": dict(algo="sac"),
@@ -52,12 +52,14 @@ def main(args):
     cells = [(seed, task, method) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
     found = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))
     print(f"| | {' | '.join(args.tasks)} |\n|---{'|---' * len(args.tasks)}|")
+    panels = {
+        task: {x: np.array([found[i, task, x]["return_mean"] for i in range(args.seeds)]) for x in args.methods}
+        for task in args.tasks
+    }
     for method in args.methods:
-        columns = []
-        for task in args.tasks:
-            returns = np.array([found[seed, task, method]["return_mean"] for seed in range(args.seeds)])
-            columns.append(f"{returns.mean():,.0f} ± {returns.std():,.0f}")
+        columns = [f"{own[method].mean():,.0f} ± {own[method].std():,.0f}" for own in panels.values()]
         print(f"| {method} | {' | '.join(columns)} |")
+    draw_scores(args.out / "figure6.png", panels, "return")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from runs import last_values, launch, recorded
@@ -31,6 +32,7 @@ class Args:
     old: tuple[str, ...]
     """runs of the other kind, such as algo=sac utd=20"""
     draws: int = 5_000  # of the bootstrap
+    out: Path = Path("figure7.png")  # the picture
 
 
 def scores_of(path):
@@ -70,12 +72,17 @@ def main(args):
     print(f"{new.shape[1]} tasks, {len(new)} seeds\n\n| | interquartile mean | 95% |\n|---|---|---|")
     iqm = lambda scores: np.array([metrics.aggregate_iqm(scores)])  # noqa: E731
     values, limits = library.get_interval_estimates({"new": new, "old": old}, iqm, reps=args.draws)
+    fig, ax = plt.subplots(figsize=(6, 1.6), layout="constrained")
     for name in values:
+        ax.plot(limits[name][:, 0], [name, name], linewidth=8, alpha=0.4, color="C0")
+        ax.plot(values[name], [name], "o", color="C0")
         print(f"| {name} | {values[name][0]:.1f} | {limits[name][0, 0]:.1f} to {limits[name][1, 0]:.1f} |")
     pair = {"new,old": (new, old)}
     values, limits = library.get_interval_estimates(pair, metrics.probability_of_improvement, reps=args.draws)
     low, high = limits["new,old"][:, 0]
     print(f"\nprobability that a new run is better than an old one: {values['new,old']:.2f} ({low:.2f} to {high:.2f})")
+    ax.set(title=f"a new run is better with probability {values['new,old']:.2f}", xlabel="interquartile mean")
+    fig.savefig(args.out, dpi=80)
 
 
 if __name__ == "__main__":

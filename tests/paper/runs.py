@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import gymnasium as gym
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
@@ -117,6 +118,20 @@ def last_values(folder):
         model = edm.load_edm(folder / "diffusion.pt")
         values["parameters"] = sum(x.numel() for x in model.state_dict().values())  # all that is needed to sample
     return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
+
+
+def draw_scores(path, panels, xlabel="score"):
+    """Draw panels[title][label], an array of scores each: a dot for a seed, a bar for the mean."""
+    rows = max(map(len, panels.values()))
+    size = 2 + 4 * len(panels), 1 + 0.4 * rows
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, (title, own) in zip(axes[0], panels.items()):
+        for i, scores in enumerate(own.values()):
+            ax.barh(i, np.mean(scores), color="C0", alpha=0.4)
+            ax.plot(scores, np.full(len(scores), i), "o", color="C0")
+        ax.set(title=title, xlabel=xlabel, yticks=range(len(own)), yticklabels=own)
+    axes[0, 0].invert_yaxis()
+    fig.savefig(path, dpi=80)
 
 
 def at_once(workers, jobs):

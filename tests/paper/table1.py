@@ -22,7 +22,7 @@ import numpy as np
 import scipy.stats
 import torch
 from dynamics import dynamics_scores
-from runs import at_once, launch, result
+from runs import at_once, draw_scores, launch, result
 
 import edm
 
@@ -121,6 +121,8 @@ def main(args):
         score = f"{own.mean():.1f} ± {own.std():.1f}" if len(own) else ""
         columns = [f"{quality[key]:.3f}" for key in ("marginal", "correlation", "c2st")]
         print(f"| {name} | {' | '.join(columns)} | {errors['dynamics']:.3f} | {errors['reward']:.4f} | {score} |")
+    if args.seeds:
+        draw_scores(args.out / "table1.png", {"TD3+BC on samples of": dict(zip(args.models, scores))})
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from runs import ENVIRON, ROOT, at_once, launch, result, run
+from runs import ENVIRON, ROOT, at_once, draw_scores, launch, result, run
 
 import edm
 
 SCALES = {
     "cpu": dict(stage1_updates=8_000, stage2_updates=10_000, batch_size=64, noise_duration=900, eval_every=2_500,
-                eval_episodes=4, diffusion_steps=20_000, num_samples=200_000),
+                eval_episodes=4, diffusion_steps=10_000, num_samples=100_000),
     "paper": dict(diffusion_steps=100_000, num_samples=5_000_000),
 }  # fmt: skip
+LATENTS = "both", "actor", "critic"  # of whose encoder
 EPISODES = {"cpu": 40, "paper": 200}
 
 
@@ -65,15 +66,17 @@ def main(args):
         path, name = args.out / "table13.jsonl", f"{latent} {data} {seed}"
         return result(path, name, "synther_vd4rl.py", stage1, takes=("agent_path", ""), **own)
 
-    cells = [*product(range(args.seeds), ("both", "actor", "critic"), ("real", "synther"))]
+    cells = [*product(range(args.seeds), LATENTS, ("real", "synther"))]
     found = dict(zip(cells, at_once(args.workers, [partial(job, *cell) for cell in cells])))
     print("| latents of | heads on real latents | on generated ones | AUC of these |\n|---|---|---|---|")
-    for latent in ("both", "actor", "critic"):
-        scores = [
-            np.array([found[i, latent, data]["score"] for i in range(args.seeds)]) for data in ("real", "synther")
-        ]
-        real, generated = (f"{x.mean():.1f} ± {x.std():.1f}" for x in scores)
+    panels = {
+        data: {x: np.array([found[i, x, data]["score"] for i in range(args.seeds)]) for x in LATENTS}
+        for data in ("real", "synther")
+    }
+    for latent in LATENTS:
+        real, generated = (f"{own[latent].mean():.1f} ± {own[latent].std():.1f}" for own in panels.values())
         print(f"| {latent} | {real} | {generated} | {found[0, latent, 'synther']['c2st']:.3f} |")
+    draw_scores(args.out / "table13.png", panels)
 
 
 if __name__ == "__main__":

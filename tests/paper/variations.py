@@ -16,11 +16,11 @@ from typing import Annotated, Literal, Optional
 
 import numpy as np
 import tyro
-from runs import at_once, launch, result
+from runs import at_once, draw_scores, launch, result
 
 import edm
 
-SMALL_DENOISER = dict(diffusion_recipe="paper", diffusion_lr=1e-3)
+SMALL_DENOISER = dict(diffusion_recipe="paper", diffusion_lr=1e-3, diffusion_steps=10_000, num_samples=100_000)
 LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
 SCALES = {
     "cpu": dict(updates=40_000, eval_every=2_500, diffusion_steps=20_000, num_samples=200_000),
@@ -87,11 +87,13 @@ def main(args):
     real = edm.load_transitions(str(args.dataset_path or args.env))
     numbers = sum(x.size for x in real.values())
     print("| | data / model | marginal | correlation | AUC | score |\n|---|---|---|---|---|---|")
-    for label in labels:
-        scores, first = np.array([found[label, seed]["score"] for seed in range(args.seeds)]), found[label, 0]
+    panel = {label: np.array([found[label, seed]["score"] for seed in range(args.seeds)]) for label in labels}
+    for label, scores in panel.items():
+        first = found[label, 0]
         columns = [f"{numbers / first['parameters']:.1f}" if "parameters" in first else ""]
         columns += [f"{first[key]:.3f}" if key in first else "" for key in ("marginal", "correlation", "c2st")]
         print(f"| {label} | {' | '.join(columns)} | {scores.mean():.1f} ± {scores.std():.1f} |")
+    draw_scores(args.out / f"{args.study}.png", {args.study: panel})
 
 
 if __name__ == "__main__":

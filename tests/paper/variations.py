@@ -20,7 +20,6 @@ from runs import at_once, draw_scores, launch, result
 
 import edm
 
-SMALL_DENOISER = dict(diffusion_recipe="paper", diffusion_lr=1e-3, diffusion_steps=10_000, num_samples=100_000)
 LARGE = dict(hidden_dim=512, hidden_layers=3, batch_size=1024)
 SCALES = {
     "cpu": dict(updates=40_000, eval_every=2_500, diffusion_steps=20_000, num_samples=200_000),
@@ -30,7 +29,7 @@ SCALES = {
 STUDIES = {
     "table3": {"real": dict(data="real"), "generated": {}, "real, larger agent": dict(data="real") | LARGE,
                "larger agent, samples of generated": LARGE},
-    "table5": {"real": dict(data="real")} | {f"{x} units": dict(diffusion_width=x) for x in (256, 128, 64, 32)},
+    "table5": {"generated": {}} | {f"{x} units": dict(diffusion_width=x) for x in (128, 64, 32)},
     "table10": {f"depth {depth}, {kind}": dict(diffusion_depth=depth, diffusion_residual=kind == "residual")
                 for kind in ("residual", "plain") for depth in (2, 4, 6)},
     "table12": {"real": dict(data="real"), "generated": {}, "half of each, samples of generated": dict(data="mixed")},
@@ -38,9 +37,9 @@ STUDIES = {
 }  # fmt: skip
 ONLY_CPU = {  # more options of table3's larger agents, and of all runs of the others, at scale cpu
     "table3": dict(updates=10_000, eval_every=625),  # as many rows as with the smaller batch
-    "table5": SMALL_DENOISER,
-    "table10": SMALL_DENOISER | dict(diffusion_width=256),
-}
+    "table10": dict(diffusion_recipe="paper", diffusion_width=512, diffusion_lr=1e-3, diffusion_steps=10_000,
+                    num_samples=100_000),
+}  # fmt: skip
 
 
 @dataclass

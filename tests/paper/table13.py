@@ -23,8 +23,8 @@ from runs import ENVIRON, ROOT, at_once, draw_scores, launch, result, run
 import edm
 
 SCALES = {
-    "cpu": dict(stage1_updates=5_000, stage2_updates=10_000, batch_size=64, noise_duration=900, eval_every=2_500,
-                eval_episodes=4, diffusion_steps=10_000, num_samples=100_000),
+    "cpu": dict(stage1_updates=5_000, stage2_updates=5_000, batch_size=64, noise_duration=900, eval_every=1_250,
+                eval_episodes=4, diffusion_steps=6_000, num_samples=50_000),
     "paper": dict(diffusion_steps=100_000, num_samples=5_000_000),
 }  # fmt: skip
 LATENTS = "both", "actor", "critic"  # of whose encoder
@@ -34,7 +34,7 @@ EPISODES = {"cpu": 40, "paper": 200}
 @dataclass
 class Args:
     out: Path  # folder for the runs
-    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 40 episodes, 5,000 and 10,000 updates; paper: 200, 550,000, a GPU
+    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 40 episodes, 5,000 and 5,000 updates; paper: 200, 550,000, a GPU
     seeds: int = 1
     workers: int = 2  # runs at a time, one thread each
 

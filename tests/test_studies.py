@@ -42,6 +42,14 @@ else:  # as if stopped at once
 """
 
 
+def test_bad_input_ends_a_study_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["small_data.py", "--out", str(tmp_path), "--data", "moon", "--seeds", "0"])
+    with pytest.raises(SystemExit) as stop:
+        runs.launch(small_data.main, small_data.Args, "")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.startswith("error: moon is none of") and err.count("\n") == 1 and not out
+
+
 def test_run_is_made_once_and_goes_on(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     with pytest.raises(edm.RunError, match="one has failed"):

@@ -1,7 +1,7 @@
 """Online (Figure 6): SAC with generated transitions against SAC, SAC with as many updates, and REDQ.
 
     python tests/paper/figure6.py --out online --tasks HalfCheetah-v4 --seeds 3          # hours on two cores
-    python tests/paper/figure6.py --out online --tasks dmc/reacher-hard --methods sac synther
+    python tests/paper/figure6.py --out online --tasks dmc/cheetah-run --total-steps 20000 --methods sac synther
     python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png          # the curves
 
 The table shows the return, mean of the last three evaluations, and its standard deviation over seeds.
@@ -10,7 +10,7 @@ The table shows the return, mean of the last three evaluations, and its standard
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
 from runs import at_once, draw_scores, launch, result
@@ -36,6 +36,7 @@ class Args:
     methods: tuple[Literal[tuple(METHODS)], ...] = ("sac", "sac, 20 updates", "redq", "synther")
     """'synther, reward standardised' differs from synther in dmc/ alone"""
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 15,000 environment steps, and a tenth of the diffusion training
+    total_steps: Optional[int] = None  # environment steps; default: those of the scale
     seeds: int = 2
     workers: int = 2  # runs at a time, one thread each
 
@@ -46,6 +47,7 @@ def main(args):
 
     def job(task, method, seed):
         options = dict(env=task, seed=seed, **SCALES[args.scale], **METHODS[method])
+        options |= dict(total_steps=args.total_steps) if args.total_steps else {}
         name = f"{task.replace('/', '-')} {method} {seed}"
         return result(args.out / "figure6.jsonl", name, "synther_sac_online.py", **options)
 

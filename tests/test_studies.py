@@ -143,11 +143,10 @@ def test_no_job_begins_after_an_error():
 
 def test_data_multiplier():
     """5,000 rows with the score of 10,000 real ones are worth twice their number. 0 and inf: beyond what was tried."""
-    real = [np.array(x) for x in ([1.0, 3.0], [5.0, 5.0], [9.0, 11.0, 10.0])]
-    generated = [np.array(x) for x in ([0.0, 1.0], [10.0, 10.0, 10.0], [12.0, 12.0])]
-    assert small_data.multiplier((2_500, 5_000, 10_000), real, generated) == [
-        "0.0 (0.0 to 0.0)", "2.0 (1.8 to inf)", "inf (inf to inf)"
-    ]  # fmt: skip
+    real = {2_500: [1.0, 3.0], 5_000: [5.0, 5.0], 10_000: [9.0, 11.0, 10.0]}
+    generated = {5_000: [10.0, 10.0, 10.0], 10_000: [12.0, 12.0], 2_500: [0.0, 1.0]}
+    assert small_data.multiplier(real, generated) == ["0.0 (0.0 to 0.0)", "2.0 (1.8 to inf)", "inf (inf to inf)"]
+    assert small_data.multiplier(real, {1_000: [5.0]}) == ["5.0 (5.0 to 5.0)"]
 
 
 def test_copula_and_independent_columns():

@@ -3,6 +3,7 @@ augmented ones. And the data multiplier: how many real rows give the score that 
 
     python tests/paper/small_data.py --out small_data                       # collects the data, then hours on two cores
     python tests/paper/small_data.py --out small_data --seeds 5             # goes on where it stopped, with more seeds
+    python tests/paper/small_data.py --out small_data --data halfcheetah --methods real --sizes 39960 # all its rows
     python tests/paper/small_data.py --out tests/paper/results --seeds 0    # nothing is run: our own results
 
 The data are replay buffers of SAC agents that `synther_sac_online.py` collects, or a file of yours:
@@ -86,18 +87,20 @@ def make(args, agent, *cell):
     result(args.out / "small_data.jsonl", name, script, source, **options)
 
 
-def multiplier(sizes, real, generated, draws=1_000):
-    """For each size, how many times as many real rows have the score of the generated ones, and the limits of 80% of
-    the bootstrap samples over seeds. Args: for each size, the scores of all seeds.
+def multiplier(real, generated, draws=1_000):
+    """For each size of `generated`, how many times as many real rows have its score, and the limits of 80% of the
+    bootstrap samples over seeds. Args: number of rows -> the scores of all seeds.
 
     The score of real rows is interpolated over the logarithm of their number. 0 and inf: fewer, or more, than tried."""
     rng, factors = np.random.default_rng(0), []
+    real_sizes, sizes = np.array(sorted(real)), np.array(sorted(generated))
     for draw in range(draws):
         real_mean, generated_mean = (
-            np.array([np.mean(x if draw == 0 else rng.choice(x, len(x))) for x in kind]) for kind in (real, generated)
+            [np.mean(x if draw == 0 else rng.choice(x, len(x))) for _, x in sorted(kind.items())]
+            for kind in (real, generated)
         )
         real_mean = np.maximum.accumulate(real_mean)  # more rows are not worse
-        rows = np.exp(np.interp(generated_mean, real_mean, np.log(sizes), left=-np.inf, right=np.inf))
+        rows = np.exp(np.interp(generated_mean, real_mean, np.log(real_sizes), left=-np.inf, right=np.inf))
         factors.append(rows / sizes)
     low, high = np.sort(factors, axis=0)[[draws // 10, -draws // 10]]
     return [f"{mid:.1f} ({a:.1f} to {b:.1f})" for mid, a, b in zip(factors[0], low, high)]
@@ -140,10 +143,9 @@ def show(args):
         ax.set(title=name, xscale="log", xlabel="real transitions", ylabel="normalised score")
     for name, agent in sorted({key[:2] for key in scores}):
         real, generated = (scores[name, agent, method] for method in ("real", "generated"))
-        both = sorted(set(real) & set(generated))
-        if len(both) > 1:  # with one size there is nothing to interpolate
-            factors = multiplier(both, [real[size] for size in both], [generated[size] for size in both])
-            print(f"| {name}, {agent}, data multiplier ({', '.join(f'{x:,}' for x in both)}) | {' | '.join(factors)} |")
+        if len(real) > 1 and generated:  # with one size there is nothing to interpolate
+            factors = dict(zip(sorted(generated), multiplier(real, generated)))
+            print(f"| {name}, {agent}, data multiplier | {' | '.join(factors.get(size, '') for size in sizes)} |")
     axes[0, 0].legend()
     fig.savefig(args.out / "small_data.png", dpi=100)
     plt.close(fig)

@@ -27,7 +27,7 @@ from runs import at_once, draw_scores, launch, result
 import edm
 
 SCALES = {
-    "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=20_000, eval_every=2_500),
+    "cpu": dict(diffusion_steps=20_000, num_samples=100_000, updates=50_000, eval_every=5_000),
     "paper": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_every=5_000),
 }
 MODELS = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
@@ -39,7 +39,7 @@ class Args:
     data: str = "quickstart"  # the data
     env: Literal["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"] = "HalfCheetah-v4"  # their environment
     true_next_obs: bool = False  # as in the scripts
-    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 20,000 updates
+    scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 50,000 updates
     models: tuple[Literal[MODELS], ...] = MODELS
     seeds: int = 1  # agents on each model's samples; 0: none
     workers: int = 2  # agents at a time, one thread each

@@ -112,12 +112,12 @@ def test_scripts_understand_every_run_of_a_study(tmp_path, monkeypatch, study, o
 
 
 def test_pairs_of_figure7(tmp_path):
-    """Runs of one task are paired with those of the other kind, and seeds beyond the smallest task's are left out."""
+    """Runs of one task are paired with those of the other kind, and what has too few seeds, or is more, is left out."""
     entries = [dict(env=env, data=data, seed=seed, values=dict(score=10 * seed + (data == "synther")))
                for env in "ab" for data in ("real", "synther") for seed in range(3 if env == "a" else 2)]  # fmt: skip
     entries += [dict(env="c", data="real", seed=0, values=dict(score=0))]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    args = figure7.Args(paths=(tmp_path / "x.jsonl",), new=("data=synther",), old=("data=real",))
+    args = figure7.Args(paths=(tmp_path / "x.jsonl",), new=("data=synther",), old=("data=real",), seeds=2)
     new, old = figure7.paired_scores(args)
     assert new.tolist() == [[1, 1], [11, 11]] and old.tolist() == [[0, 0], [10, 10]]
     args.old = ("env=a",)

@@ -74,6 +74,8 @@ def main(args):
         finals = [np.load(run / "final_returns.npz") for run in runs.values()]
         unit = "updates" if "updates" in finals[0] else "steps"
         scored = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
+        if len({len(final[scored]) for final in finals}) > 1:
+            raise edm.RunError(f"runs of {label} on {env} differ in their evaluations: add to --by what they differ in")
         scores = np.stack([final[scored].mean(1) for final in finals])  # [seeds, evaluations]
         name = f"{label}, {args.against}={value}" if args.against else label
         columns = scores[:, -1], scores[:, -3:].mean(1), scores.max(1)

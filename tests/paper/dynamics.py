@@ -4,6 +4,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -21,7 +22,7 @@ class ModelArgs:
     """D4RL-layout HDF5 that the model was trained on"""
     model: str
     """diffusion.pt of a run folder"""
-    env: str = "Walker2d-v4"
+    env: Literal[tuple(NQ)] = "Walker2d-v4"
     """simulator"""
     true_next_obs: bool = False
     """as the model was trained"""

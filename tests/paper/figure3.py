@@ -8,6 +8,7 @@ A state of much noise is drawn at the ends of the data's range. It needs a rende
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -24,11 +25,11 @@ import synther_vd4rl
 @dataclass
 class Args:
     model: Path  # diffusion.pt of a run folder
-    env: str = "Walker2d-v4"  # the environment of its data
+    env: Literal[tuple(NQ)] = "Walker2d-v4"  # the environment of its data
     out: str = "figure3.png"  # the picture
     samples: int = 3_000  # points of a cloud
     noise: tuple[float, ...] = (80, 2, 0.8, 0.4, 0.1, 0)  # the panels: the moments with the nearest noise levels
-    states: int = 4  # rendered states at each
+    states: int = 4  # rendered states at each, an even number
 
 
 def path_of_samples(model, count):
@@ -42,7 +43,8 @@ def path_of_samples(model, count):
     sigmas = edm.karras_sigmas(32)
     torch.manual_seed(0)
     with torch.no_grad():
-        x = edm.sample_dpmpp(denoise, sigmas[0].item() * torch.randn(count, len(model.mean)), sigmas)
+        x = sigmas[0].item() * torch.randn(count, len(model.mean))
+        x = edm.sample_dpmpp(denoise, x, sigmas, eta=int(model.knots.numel() > 0))  # as in edm.generate
     return [*path, (0.0, x)]
 
 

@@ -30,7 +30,7 @@ class Args:
     out: str = "figure5.png"  # the picture
 
 
-def training_rows(args, settings):
+def training_rows(settings):
     """The rows [N, dim] that the model of a run was trained on, and the sizes of observations and actions."""
     data = edm.load_transitions(settings["dataset_path"] or settings["env"], settings["true_next_obs"])
     rows, obs_dim = edm.pack(**data), data["observations"].shape[1]
@@ -53,7 +53,7 @@ def augmented(rows, kind, obs_dim):
 
 
 def main(args):
-    rows, obs_dim, act_dim = training_rows(args, json.loads((args.run / "args.json").read_text()))
+    rows, obs_dim, act_dim = training_rows(json.loads((args.run / "args.json").read_text()))
     torch.manual_seed(0)
     some = rows[torch.randperm(len(rows))[: args.rows]]
     kinds = {"SynthER": edm.pack(**edm.load_transitions(args.run / "synthetic.npz"))[: args.rows]}

@@ -2,11 +2,13 @@
 
     pip install -r tests/paper/requirements-figure7.txt
     python tests/paper/figure7.py runs/* --new data=synther --old data=real augment=none
-    python tests/paper/figure7.py tests/paper/results/small_data.jsonl --new data=synther --old data=real augment=None
+    python tests/paper/figure7.py tests/paper/results/small_data.jsonl --seeds 2 \
+        --new data=synther --old data=real augment=none
 
-Runs of one script belong to one task if environment, dataset and --subsample are the same. A task counts if it has runs
-of both kinds. All tasks are cut to the number of seeds that the smallest has. A run's score is the mean of its last
-three evaluations. The intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
+Environment, dataset and --subsample make a task, and the script in files of results. Give run folders of one script at
+a time: they do not name it. A task counts if it has --seeds runs of both kinds; what is more is left out. A run's score
+is the mean of its last three evaluations. The intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et
+al. 2021).
 """
 
 import json
@@ -31,6 +33,7 @@ class Args:
     """runs of one kind: arguments and their values, such as algo=synther"""
     old: tuple[str, ...]
     """runs of the other kind, such as algo=sac utd=20"""
+    seeds: int = 1  # runs of each kind and task
     draws: int = 5_000  # of the bootstrap
     out: Path = Path("figure7.png")  # the picture
 
@@ -58,11 +61,11 @@ def paired_scores(args):
                 if seeds in found[kind, task]:
                     raise edm.RunError(f"two --{kind} runs of {task} have the same seeds: add what they differ in")
                 found[kind, task][seeds] = score
-    tasks = sorted({task for _, task in found if {("new", task), ("old", task)} <= set(found)})
+    counts = {task: min(len(found[kind, task]) for kind in ("new", "old")) for _, task in list(found)}
+    tasks = sorted(task for task, count in counts.items() if count >= args.seeds)
     if not tasks:
-        raise edm.RunError("no task has finished runs of both kinds")
-    seeds = min(len(found[kind, task]) for kind in ("new", "old") for task in tasks)
-    return (np.array([[*found[kind, task].values()][:seeds] for task in tasks]).T for kind in ("new", "old"))
+        raise edm.RunError(f"no task has {args.seeds} finished runs of both kinds")
+    return (np.array([[*found[kind, task].values()][: args.seeds] for task in tasks]).T for kind in ("new", "old"))
 
 
 def main(args):

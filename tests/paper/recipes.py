@@ -6,7 +6,8 @@
 
 Each variation is trained on one thread for as many steps as take the given seconds of processor time there, so that
 other work on the machine changes nothing but the waiting (100 steps are timed first, the best of three turns). Results
-that --out has already are not made again, so the command can be stopped and repeated.
+that --out has already are not made again, so the command can be stopped and repeated. Start rows are not repeated here,
+and terminals are the column's.
 """
 
 import copy
@@ -16,12 +17,12 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from dynamics import dynamics_scores
+from dynamics import NQ, dynamics_scores
 from runs import launch
 
 import edm
@@ -60,13 +61,13 @@ VARIATIONS = {
 class Args:
     data: str = ""
     """dataset as D4RL-layout HDF5"""
-    env: str = "Walker2d-v4"
+    env: Literal[tuple(NQ)] = "Walker2d-v4"
     """simulator"""
     rows: int = 45_000
     """real transitions to learn from, drawn uniformly; as many others are compared with the samples"""
     seconds: tuple[int, ...] = (60,)
     """processor seconds of training, on one thread"""
-    only: tuple[str, ...] = ()
+    only: tuple[Literal[tuple(VARIATIONS)], ...] = ()
     """names of variations; all if left out"""
     seeds: tuple[int, ...] = (0,)
     """seeds of the network and its batches"""
@@ -168,9 +169,9 @@ def main(args):
     real = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
     real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
     rows, others = real[: args.rows], real[args.rows : 2 * args.rows]
-    done = {(r["env"], r["seconds"], r["name"], r["seed"]) for r in results}
+    done = {(r["env"], r["rows"], r["seconds"], r["name"], r["seed"]) for r in results}
     for seconds, seed, name in itertools.product(args.seconds, args.seeds, args.only or VARIATIONS):
-        if (args.env, seconds, name, seed) in done:
+        if (args.env, len(rows), seconds, name, seed) in done:
             continue
         result = dict(env=args.env, rows=len(rows), seconds=seconds, name=name, seed=seed)
         result |= run(rows, others, VARIATIONS[name], seconds, seed, args)

@@ -94,8 +94,9 @@ def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.
         folder = run(path.parent, source_name, source_script, **source_options)
         options[takes[0]] = str((folder / takes[1]).relative_to(path.parent))
     values = last_values(run(path.parent, name, script, **options))
-    with open(path, "a") as f:
-        f.write(json.dumps(own | dict(values=values)) + "\n")
+    if name not in [entry["name"] for entry in recorded(path)]:  # another process may have waited for the same run
+        with open(path, "a") as f:
+            f.write(json.dumps(own | dict(values=values)) + "\n")
     return values
 
 

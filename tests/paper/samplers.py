@@ -2,8 +2,8 @@
 
     python tests/paper/samplers.py --data FILE.hdf5 --model runs/.../diffusion.pt --env Walker2d-v4
 
-All lines share the weights of the model. The last line is the noise of the measurement: the paper's sampler with
-another seed.
+For a model of the paper's recipe: with `fast` the scripts' sampler adds noise. All lines share the model's weights. The
+last line is the noise of the measurement: the paper's sampler with another seed.
 """
 
 import time

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import scipy.stats
 import torch
-from dynamics import dynamics_scores
+from dynamics import NQ, dynamics_scores
 from runs import at_once, draw_scores, launch, result
 
 import edm
@@ -37,7 +37,7 @@ MODELS = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
 class Args:
     out: Path  # folder for samples, runs and the table
     data: str = "quickstart"  # the data
-    env: Literal["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"] = "HalfCheetah-v4"  # their environment
+    env: Literal[tuple(NQ)] = "HalfCheetah-v4"  # their environment
     true_next_obs: bool = False  # as in the scripts
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 100,000 samples, 50,000 updates
     models: tuple[Literal[MODELS], ...] = MODELS
@@ -46,6 +46,7 @@ class Args:
 
 
 def independent(rows, num_samples):
+    torch.manual_seed(0)
     return torch.stack([column[torch.randint(len(rows), (num_samples,))] for column in rows.T], dim=1)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from runs import ENVIRON, ROOT, at_once, draw_scores, launch, result, run
+from runs import ENVIRON, ROOT, at_once, draw_scores, launch, recorded, result, run
 
 import edm
 
@@ -39,34 +39,33 @@ class Args:
     workers: int = 2  # runs at a time, one thread each
 
 
-def film(args):
-    """The folder of images of an agent, which are made if they are not there."""
-    folder, part = args.out / f"images-{args.scale}", args.out / f"images-{args.scale}-part"
+def film(folder, episodes):
+    """Make the folder of images of an agent, if it is not there."""
     if not folder.exists():
         options = dict(env="dmc/walker-walk", algo="sac", total_steps=100_000, eval_every=10_000)
-        agent = run(args.out, "agent", "synther_sac_online.py", **options)
+        agent, part = run(folder.parent, "agent", "synther_sac_online.py", **options), Path(f"{folder}-part")
         shutil.rmtree(part, ignore_errors=True)
-        words = ["--env", "walker-walk-expert", "--run", agent, "--episodes", EPISODES[args.scale], "--out", part]
+        words = ["--env", "walker-walk-expert", "--run", agent, "--episodes", episodes, "--out", part]
         command = [sys.executable, ROOT / "tests/paper/vd4rl_data.py", *map(str, words)]
         if subprocess.run(command, env=ENVIRON).returncode != 0:
             raise edm.RunError("no images could be made")
         part.rename(folder)
-    return folder
 
 
 def main(args):
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    options = dict(env="walker-walk-expert", dataset_path=film(args).name, **SCALES[args.scale])
+    path, cells = args.out / "table13.jsonl", [*product(range(args.seeds), LATENTS, ("real", "synther"))]
+    options = dict(env="walker-walk-expert", dataset_path=f"images-{args.scale}", **SCALES[args.scale])
     stage1 = "stage 1", "synther_vd4rl.py", options | dict(data="real", stage2_updates=1)
-    run(args.out, stage1[0], stage1[1], **stage1[2])
+    if {f"{latent} {data} {seed}" for seed, latent, data in cells} - {entry["name"] for entry in recorded(path)}:
+        film(args.out / options["dataset_path"], EPISODES[args.scale])
+        run(args.out, stage1[0], stage1[1], **stage1[2])
 
     def job(seed, latent, data):
         own = options | dict(latent=latent, data=data, seed=seed, diffusion_seed=seed)
-        path, name = args.out / "table13.jsonl", f"{latent} {data} {seed}"
-        return result(path, name, "synther_vd4rl.py", stage1, takes=("agent_path", ""), **own)
+        return result(path, f"{latent} {data} {seed}", "synther_vd4rl.py", stage1, takes=("agent_path", ""), **own)
 
-    cells = [*product(range(args.seeds), LATENTS, ("real", "synther"))]
     found = dict(zip(cells, at_once(args.workers, [partial(job, *cell) for cell in cells])))
     print("| latents of | heads on real latents | on generated ones | AUC of these |\n|---|---|---|---|")
     panels = {

@@ -1,4 +1,4 @@
-"""How well generated terminals are: the diffusion model's column against a classifier, for a trained model.
+"""How good generated terminals are: the diffusion model's column against a classifier, for a trained model.
 
     python tests/paper/terminals.py --data FILE.hdf5 --model runs/.../diffusion.pt --true-next-obs
 

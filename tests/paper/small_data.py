@@ -132,21 +132,26 @@ def show(args):
         raise edm.RunError(f"nothing is recorded in {args.out}")
     names, sizes = sorted({key[0] for key in scores}), sorted({size for own in scores.values() for size in own})
     print(f"| data, agent, rows (seeds) | {' | '.join(f'{size:,}' for size in sizes)} |\n|---{'|---' * len(sizes)}|")
-    fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names) + 2, 3.2), squeeze=False, layout="constrained")
+    handles = {}
     for (name, agent, method), own in sorted(scores.items()):
         text = [f"{np.mean(own[x]):.1f} ± {np.std(own[x]):.1f} ({len(own[x])})" if x in own else "" for x in sizes]
         print(f"| {name}, {agent}, {method} | {' | '.join(text)} |")
         ax, here = axes[0, names.index(name)], sorted(own)
-        style = dict(color=f"C{[*METHODS].index(method)}", linestyle="--" if agent == "iql" else "-", capsize=3)
-        mean, spread = zip(*((np.mean(own[size]), np.std(own[size])) for size in here))
-        ax.errorbar(here, mean, spread, label=f"{agent}, {method}", marker="o", **style)
         ax.set(title=name, xscale="log", xlabel="real transitions", ylabel="normalised score")
+        style = dict(color=f"C{[*METHODS].index(method)}", fmt="s--" if agent == "iql" else "o-", capsize=3)
+        mean, spread = zip(*((np.mean(own[size]), np.std(own[size])) for size in here))
+        handles[f"{agent}, {method}"] = ax.errorbar(here, mean, spread, **style)
     for name, agent in sorted({key[:2] for key in scores}):
         real, generated = (scores[name, agent, method] for method in ("real", "generated"))
         if len(real) > 1 and generated:  # with one size there is nothing to interpolate
             factors = dict(zip(sorted(generated), multiplier(real, generated)))
             print(f"| {name}, {agent}, data multiplier | {' | '.join(factors.get(size, '') for size in sizes)} |")
-    axes[0, 0].legend()
+    for ax in axes.flat:
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
+        ax.set_xlim(0.8 * sizes[0], 1.25 * sizes[-1])
+        ax.minorticks_off()
+    fig.legend(handles.values(), handles.keys(), loc="outside right upper")
     fig.savefig(args.out / "small_data.png", dpi=100)
     plt.close(fig)
 

@@ -82,7 +82,7 @@ def from_library(name, rows, num_samples):
 
 
 def main(args):
-    args.out = args.out.resolve() / f"{Path(args.data).stem}-{args.scale}"
+    args.out = args.out.resolve() / f"{Path(args.data).stem}-{args.scale}{'-true' * args.true_next_obs}"
     args.out.mkdir(parents=True, exist_ok=True)
     data = edm.load_transitions(args.data, args.true_next_obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]

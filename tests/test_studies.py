@@ -111,6 +111,20 @@ def test_scripts_understand_every_run_of_a_study(tmp_path, monkeypatch, study, o
     assert len(set(names)) == len(names) >= 6
 
 
+def test_our_own_results_are_shown_without_a_run(tmp_path, monkeypatch, capsys):
+    """Each seed that is recorded is found there, and nothing is filmed, trained or added."""
+    shutil.copytree(Path(runs.__file__).parent / "results", tmp_path / "results")
+    before = {path: path.read_text() for path in (tmp_path / "results").glob("*.jsonl")}
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("something is run"))
+    out = tmp_path / "results"
+    table13.main(table13.Args(out))
+    variations.main(variations.Args("table3", out))
+    figure6.main(figure6.Args(out, tasks=("dmc/cheetah-run",), methods=("sac, 20 updates",), total_steps=20_000))
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ("| critic | 7.9 ± 0.0 | 6.3 ± 0.0 |", "| 14.2 ± 0.0 |", "| 162 ± 11 |"))
+    assert before == {path: path.read_text() for path in before}
+
+
 def test_pairs_of_figure7(tmp_path):
     """Runs of one task are paired with those of the other kind, and what has too few seeds, or is more, is left out."""
     entries = [dict(env=env, data=data, seed=seed, values=dict(score=10 * seed + (data == "synther")))

@@ -2,8 +2,7 @@
 
     pip install -r tests/paper/requirements-figure7.txt
     python tests/paper/figure7.py runs/* --new data=synther --old data=real augment=none
-    python tests/paper/figure7.py tests/paper/results/small_data.jsonl --seeds 2 \
-        --new data=synther --old data=real augment=none
+    python tests/paper/figure7.py small_data/small_data.jsonl --seeds 2 --new data=synther --old data=real augment=none
 
 Environment, dataset and --subsample make a task, and the script in files of results. Give run folders of one script at
 a time: they do not name it. A task counts if it has --seeds runs of both kinds; what is more is left out. A run's score

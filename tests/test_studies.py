@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -86,6 +85,13 @@ def test_results_outlive_their_runs(tmp_path):
     with pytest.raises(edm.RunError, match="has a one with another seed"):
         runs.result(tmp_path / "results.jsonl", "one", script, seed=4)
 
+    # Another run takes the samples of the first, which is made again, and comes out otherwise.
+    (tmp_path / "script.py").write_text(SCRIPT.replace("100, 10, 20, 30", "100, 10, 20, 33"))
+    take_samples = dict(source=("one", script, dict(seed=3)), seed=5)
+    for message in ("one has failed", "one was made anew"):
+        with pytest.raises(edm.RunError, match=message):
+            runs.result(tmp_path / "results.jsonl", "two", script, **take_samples)
+
 
 STUDIES = [(variations, dict(study=study)) for study in variations.STUDIES]
 STUDIES += [(small_data, dict(methods=tuple(small_data.METHODS), agents=("td3bc", "iql"))), (table13, {})]
@@ -102,7 +108,6 @@ def test_scripts_understand_every_run_of_a_study(tmp_path, monkeypatch, study, o
         for script, own in [(script, options)] + ([source[1:]] if source else []):
             parsed = tyro.cli(importlib.import_module(Path(script).stem).Args, args=runs.words_of(own))
             assert {key: getattr(parsed, key) for key in own} == own
-        return defaultdict(float)
 
     monkeypatch.setattr(study, "result", check)
     for name in ("run", "collect", "film", "show"):
@@ -117,11 +122,13 @@ def test_our_own_results_are_shown_without_a_run(tmp_path, monkeypatch, capsys):
     before = {path: path.read_text() for path in (tmp_path / "results").glob("*.jsonl")}
     monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("something is run"))
     out = tmp_path / "results"
-    table13.main(table13.Args(out))
+    table13.main(table13.Args(out, seeds=0))
     variations.main(variations.Args("table3", out))
     figure6.main(figure6.Args(out, tasks=("dmc/cheetah-run",), methods=("sac, 20 updates",), total_steps=20_000))
+    small_data.main(small_data.Args(out, data=("hopper",), sizes=(5_000,), seeds=1))  # without the hopper.hdf5
     shown = capsys.readouterr().out
-    assert all(line in shown for line in ("| critic | 7.9 ± 0.0 | 6.3 ± 0.0 |", "| 14.2 ± 0.0 |", "| 162 ± 11 |"))
+    lines = ("| critic | 7.9 (1) | 6.3 (1) |", "| 14.2 (1) |", "| 162 ± 11 (2) |", "| 28.7 ± 14.1 (5) |")
+    assert all(line in shown for line in lines)
     assert before == {path: path.read_text() for path in before}
 
 
@@ -155,11 +162,13 @@ def test_no_job_begins_after_an_error():
 
 
 def test_data_multiplier():
-    """5,000 rows with the score of 10,000 real ones are worth twice their number. 0 and inf: beyond what was tried."""
+    """5,000 rows with the score of 10,000 real ones are worth twice their number."""
     real = {2_500: [1.0, 3.0], 5_000: [5.0, 5.0], 10_000: [9.0, 11.0, 10.0]}
     generated = {5_000: [10.0, 10.0, 10.0], 10_000: [12.0, 12.0], 2_500: [0.0, 1.0]}
-    assert small_data.multiplier(real, generated) == ["0.0 (0.0 to 0.0)", "2.0 (1.8 to inf)", "inf (inf to inf)"]
-    assert small_data.multiplier(real, {1_000: [5.0]}) == ["5.0 (5.0 to 5.0)"]
+    assert small_data.multiplier(real, generated) == [
+        "fewer than tried", "2.0 (1.8 to more than tried)", "more than tried"
+    ]  # fmt: skip
+    assert small_data.multiplier(real, {1_000: [5.0]}) == ["5.0"]
 
 
 def test_copula_and_independent_columns():

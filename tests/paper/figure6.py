@@ -2,9 +2,11 @@
 
     python tests/paper/figure6.py --out online --tasks HalfCheetah-v4 --seeds 3          # hours on two cores
     python tests/paper/figure6.py --out online --tasks dmc/cheetah-run --total-steps 20000 --methods sac synther
-    python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png          # the curves
+    python tests/paper/figure6.py --out tests/paper/results --tasks Hopper-v4 dmc/cheetah-run --seeds 0   # our results
+    python tests/paper/compare.py online/*/* --by algo utd standardize_reward --out online.png            # the curves
 
-The table shows the return, mean of the last three evaluations, and its standard deviation over seeds.
+The table shows the return, mean of the last three evaluations, and its standard deviation over all seeds that are
+recorded.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
-import numpy as np
-from runs import at_once, draw_scores, launch, result
+from runs import at_once, draw_scores, every_seed, launch, result, summary
+
+import edm
 
 METHODS = {
     "sac": dict(algo="sac"),
@@ -37,7 +40,7 @@ class Args:
     """'synther, reward standardised' differs from synther in dmc/ alone"""
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 15,000 environment steps, and a tenth of the diffusion training
     total_steps: Optional[int] = None  # environment steps; default: those of the scale
-    seeds: int = 2
+    seeds: int = 2  # 0: nothing is run, the table is of what is recorded
     workers: int = 2  # runs at a time, one thread each
 
 
@@ -51,15 +54,22 @@ def main(args):
         name = f"{task.replace('/', '-')} {method} {seed}"
         return result(args.out / "figure6.jsonl", name, "synther_sac_online.py", **options)
 
-    cells = [(seed, task, method) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
-    found = dict(zip(cells, at_once(args.workers, [partial(job, t, m, seed) for seed, t, m in cells])))
-    print(f"| | {' | '.join(args.tasks)} |\n|---{'|---' * len(args.tasks)}|")
-    panels = {
-        task: {x: np.array([found[i, task, x]["return_mean"] for i in range(args.seeds)]) for x in args.methods}
-        for task in args.tasks
-    }
+    cells = [(task, method, seed) for seed in range(args.seeds) for task in args.tasks for method in args.methods]
+    at_once(args.workers, [partial(job, *cell) for cell in cells])
+    show(args)
+
+
+def show(args):
+    """Print the table of what is recorded for these tasks and methods, and draw its picture."""
+    panels = {}
+    for task in args.tasks:
+        found = {x: every_seed(args.out / "figure6.jsonl", f"{task.replace('/', '-')} {x}") for x in args.methods}
+        panels[task] = {x: [values["return_mean"] for values in own] for x, own in found.items() if own}
+    if not any(panels.values()):
+        raise edm.RunError(f"nothing is recorded in {args.out} for these tasks and methods")
+    print(f"| return (seeds) | {' | '.join(args.tasks)} |\n|---{'|---' * len(args.tasks)}|")
     for method in args.methods:
-        columns = [f"{own[method].mean():,.0f} ± {own[method].std():,.0f}" for own in panels.values()]
+        columns = [summary(own.get(method, []), digits=0) for own in panels.values()]
         print(f"| {method} | {' | '.join(columns)} |")
     draw_scores(args.out / "figure6.png", panels, "return")
 

@@ -7,6 +7,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -79,23 +80,29 @@ def differences(old, new):
 def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.npz"), **options):
     """The values of a run, see `last_values`. If the file `path` (.jsonl) has them, they are read there: results
     outlive their runs. If not, the run is made in the file's folder, and its options and values are added to the file.
-    `source` is name, script and options of a run that is made before: its file takes[1] becomes the option takes[0]."""
+    `source` is name, script and options of a run that is made before: its file takes[1] becomes the option takes[0].
+    RunError if the file has one of these two with other options, or a source with another score."""
     own = dict(name=name, script=script, **options) | (dict(source=source[0]) if source else {})
-    if "dataset_path" in options and (data := path.parent / options["dataset_path"]).is_file():
-        own |= dict(dataset_path=data.name, dataset_bytes=data.stat().st_size)
-    for entry in recorded(path):
-        if entry["name"] == name:
-            values = entry.pop("values")
-            if changed := differences(entry, own):
-                raise edm.RunError(f"{path} has a {name} with another {changed}")
-            return values
+    if (data := Path(options.get("dataset_path", ""))).suffix:  # a file
+        own["dataset_path"] = data.name
+        if (path.parent / data).is_file():
+            own["dataset_bytes"] = (path.parent / data).stat().st_size
+    old = {entry["name"]: entry for entry in recorded(path)}
+    if name in old:
+        values = old[name].pop("values")
+        if changed := differences(old[name], {"dataset_bytes": old[name].get("dataset_bytes")} | own):
+            raise edm.RunError(f"{path} has a {name} with another {changed}")
+        return values
     if source:
         source_name, source_script, source_options = source
         folder = run(path.parent, source_name, source_script, **source_options)
+        if source_name in old and old[source_name]["values"]["score"] != last_values(folder)["score"]:
+            raise edm.RunError(f"{source_name} was made anew, and came out other than in {path}: take another --out")
         options[takes[0]] = str((folder / takes[1]).relative_to(path.parent))
     values = last_values(run(path.parent, name, script, **options))
-    if name not in [entry["name"] for entry in recorded(path)]:  # another process may have waited for the same run
-        with open(path, "a") as f:
+    with open(path, "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        if name not in [entry["name"] for entry in recorded(path)]:  # another process may have waited for the same run
             f.write(json.dumps(own | dict(values=values)) + "\n")
     return values
 
@@ -103,6 +110,17 @@ def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.
 def recorded(path):
     """The entries of a file of results."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def every_seed(path, name):
+    """The values of all recorded runs that are named `name` and a seed."""
+    return [entry["values"] for entry in recorded(path) if re.fullmatch(re.escape(name) + r"[ -]\d+", entry["name"])]
+
+
+def summary(scores, digits=1):
+    """Mean, standard deviation and number of scores, one for each seed, as a text."""
+    spread = f" ± {np.std(scores):,.{digits}f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):,.{digits}f}{spread} ({len(scores)})" if len(scores) else ""
 
 
 def last_values(folder):
@@ -123,14 +141,14 @@ def last_values(folder):
 
 def draw_scores(path, panels, xlabel="score"):
     """Draw panels[title][label], an array of scores each: a dot for a seed, a bar for the mean."""
-    rows = max(map(len, panels.values()))
-    size = 2 + 4 * len(panels), 1 + 0.4 * rows
+    labels = [*dict.fromkeys(label for own in panels.values() for label in own)]
+    size = 2 + 4 * len(panels), 1 + 0.4 * len(labels)
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, (title, own) in zip(axes[0], panels.items()):
-        for i, scores in enumerate(own.values()):
-            ax.barh(i, np.mean(scores), color="C0", alpha=0.4)
-            ax.plot(scores, np.full(len(scores), i), "o", color="C0")
-        ax.set(title=title, xlabel=xlabel, yticks=range(len(own)), yticklabels=own)
+        for label, scores in own.items():
+            ax.barh(labels.index(label), np.mean(scores), color="C0", alpha=0.4)
+            ax.plot(scores, np.full(len(scores), labels.index(label)), "o", color="C0")
+        ax.set(title=title, xlabel=xlabel, yticks=range(len(labels)), yticklabels=labels)
     axes[0, 0].invert_yaxis()
     fig.savefig(path, dpi=80)
 

@@ -10,8 +10,8 @@ The data are replay buffers of SAC agents that `synther_sac_online.py` collects,
 
     python tests/paper/small_data.py --out small_data --data my_data.hdf5 --env Walker2d-v4
 
-The table shows the normalised score, mean of the last three evaluations, and its standard deviation over seeds. Each
-seed has its own subset of the rows, diffusion model and agent.
+The table shows the normalised score, mean of the last three evaluations, and its standard deviation over all recorded
+seeds. Each seed has its own subset of the rows, diffusion model and agent.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ from typing import Literal, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
-from runs import at_once, launch, recorded, result, run
+from runs import at_once, launch, recorded, result, run, summary
 
 import edm
 
@@ -38,9 +38,9 @@ SCALES = {
     "cpu": dict(updates=50_000, eval_every=5_000, diffusion_steps=10_000, num_samples=100_000),
     "paper": dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000),
 }
-METHODS = {
-    "real": dict(data="real", augment="none"),
+METHODS = {  # in the order of the picture's colours, as in the other pictures: blue is generated, orange real
     "generated": dict(data="synther", augment="none"),
+    "real": dict(data="real", augment="none"),
     **{kind: dict(data="real", augment=kind) for kind in ("additive", "multiplicative", "dynamics")},
 }
 
@@ -50,7 +50,7 @@ class Args:
     out: Path  # folder for the runs, the table and the picture
     scale: Literal["cpu", "paper"] = "cpu"
     """cpu: 50,000 updates, 10,000 diffusion steps, 100,000 samples; paper: 1M, 100,000 and 5M, which want a GPU"""
-    seeds: int = 3  # of the rows, the diffusion model and the agent
+    seeds: int = 3  # of the rows, the diffusion model and the agent; 0: nothing is run
     data: tuple[str, ...] = tuple(DATA)  # halfcheetah, hopper, walker2d, cartpole, or a file in D4RL's layout
     env: Optional[str] = None  # where agents on such a file are evaluated
     sizes: tuple[int, ...] = (2_500, 5_000, 10_000, 20_000)
@@ -91,7 +91,7 @@ def multiplier(real, generated, draws=1_000):
     """For each size of `generated`, how many times as many real rows have its score, and the limits of 80% of the
     bootstrap samples over seeds. Args: number of rows -> the scores of all seeds.
 
-    The score of real rows is interpolated over the logarithm of their number. 0 and inf: fewer, or more, than tried."""
+    The score of real rows is interpolated over the logarithm of their number."""
     rng, factors = np.random.default_rng(0), []
     real_sizes, sizes = np.array(sorted(real)), np.array(sorted(generated))
     for draw in range(draws):
@@ -103,7 +103,9 @@ def multiplier(real, generated, draws=1_000):
         rows = np.exp(np.interp(generated_mean, real_mean, np.log(real_sizes), left=-np.inf, right=np.inf))
         factors.append(rows / sizes)
     low, high = np.sort(factors, axis=0)[[draws // 10, -draws // 10]]
-    return [f"{mid:.1f} ({a:.1f} to {b:.1f})" for mid, a, b in zip(factors[0], low, high)]
+    words = {0: "fewer than tried", np.inf: "more than tried"}  # numbers of real rows
+    texts = [[words.get(x, f"{x:.1f}") for x in row] for row in (factors[0], low, high)]
+    return [mid if mid == a == b else f"{mid} ({a} to {b})" for mid, a, b in zip(*texts)]
 
 
 def main(args):
@@ -112,8 +114,10 @@ def main(args):
     for name in args.data:
         if name not in DATA and not (Path(name).is_file() and args.env and Path(name).stem not in DATA):
             raise edm.RunError(f"{name} is none of {', '.join(DATA)}; a file needs --env, and another name than these")
-    if args.seeds:
-        at_once(args.workers, [partial(collect, args, name) for name in args.data])
+    known = {entry["name"] for entry in recorded(args.out / "small_data.jsonl")}
+    cells = product(range(args.seeds), args.agents, args.data, args.methods, args.sizes)
+    wanted = {name for seed, agent, name, *own in cells if run_of(args, agent, name, *own, seed)[0] not in known}
+    at_once(args.workers, [partial(collect, args, name) for name in args.data if name in wanted])
     for seed in range(args.seeds):
         for agent in args.agents:  # one after the other, because IQL takes the samples of TD3+BC
             cells = product([agent], args.data, args.methods, args.sizes, [seed])
@@ -135,10 +139,10 @@ def show(args):
     fig, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names) + 2, 3.2), squeeze=False, layout="constrained")
     handles = {}
     for (name, agent, method), own in sorted(scores.items()):
-        text = [f"{np.mean(own[x]):.1f} ± {np.std(own[x]):.1f} ({len(own[x])})" if x in own else "" for x in sizes]
-        print(f"| {name}, {agent}, {method} | {' | '.join(text)} |")
+        print(f"| {name}, {agent}, {method} | {' | '.join(summary(own.get(x, [])) for x in sizes)} |")
         ax, here = axes[0, names.index(name)], sorted(own)
-        ax.set(title=name, xscale="log", xlabel="real transitions", ylabel="normalised score")
+        unit = "return / 10" if name == "cartpole" else "normalised score"
+        ax.set(title=name, xscale="log", xlabel="real transitions", ylabel=unit)
         style = dict(color=f"C{[*METHODS].index(method)}", fmt="s--" if agent == "iql" else "o-", capsize=3)
         mean, spread = zip(*((np.mean(own[size]), np.std(own[size])) for size in here))
         handles[f"{agent}, {method}"] = ax.errorbar(here, mean, spread, **style)

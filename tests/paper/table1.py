@@ -22,7 +22,7 @@ import numpy as np
 import scipy.stats
 import torch
 from dynamics import NQ, dynamics_scores
-from runs import at_once, draw_scores, launch, result
+from runs import at_once, draw_scores, launch, result, summary
 
 import edm
 
@@ -119,9 +119,9 @@ def main(args):
         samples = edm.load_transitions(args.out / f"{name}.npz")
         quality = edm.quality_report(rows_unseen if name != "real" else rows_seen, edm.pack(**samples))
         errors = dynamics_scores(args.env, {key: x[:5_000] for key, x in samples.items()})
-        score = f"{own.mean():.1f} ± {own.std():.1f}" if len(own) else ""
         columns = [f"{quality[key]:.3f}" for key in ("marginal", "correlation", "c2st")]
-        print(f"| {name} | {' | '.join(columns)} | {errors['dynamics']:.3f} | {errors['reward']:.4f} | {score} |")
+        columns += [f"{errors['dynamics']:.3f}", f"{errors['reward']:.4f}", summary(own)]
+        print(f"| {name} | {' | '.join(columns)} |")
     if args.seeds:
         draw_scores(args.out / "table1.png", {"TD3+BC on samples of": dict(zip(args.models, scores))})
 

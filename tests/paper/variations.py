@@ -3,10 +3,11 @@ half real data (Table 12), number of samples (Figure 9). Each is a list of runs 
 
     python tests/paper/variations.py table12 --out variations               # on the quickstart's data: an hour
     python tests/paper/variations.py figure9 --out variations --seeds 3     # goes on where it stopped, with more seeds
+    python tests/paper/variations.py table10 --out tests/paper/results --seeds 0    # nothing is run: our own results
 
 A run's score is the mean of its last three evaluations. The table has the mean and the standard deviation of it over
-seeds of the agent. All seeds learn from the samples of seed 0. Data / model: how many numbers the real data have for
-one of the diffusion model.
+all seeds of the agent that are recorded. All seeds learn from the samples of seed 0. Data / model: how many numbers the
+real data have for one of the diffusion model.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
-import numpy as np
 import tyro
-from runs import at_once, draw_scores, launch, result
+from runs import at_once, draw_scores, every_seed, launch, result, summary
 
 import edm
 
@@ -35,7 +35,7 @@ STUDIES = {
     "table12": {"real": dict(data="real"), "generated": {}, "half of each, samples of generated": dict(data="mixed")},
     "figure9": {"generated": {}} | {f"one in {k}, samples of generated": dict(share=k) for k in (2, 5, 20, 100)},
 }  # fmt: skip
-ONLY_CPU = {  # more options of table3's larger agents, and of all runs of the others, at scale cpu
+ONLY_CPU = {  # more options at scale cpu: of the larger agents of table3, and of all runs of table10
     "table3": dict(updates=10_000, eval_every=625),  # as many rows as with the smaller batch
     "table10": dict(diffusion_recipe="paper", diffusion_width=512, diffusion_lr=1e-3, diffusion_steps=10_000,
                     num_samples=100_000),
@@ -49,7 +49,7 @@ class Args:
     env: str = "quickstart"  # as in the scripts
     dataset_path: Optional[Path] = None  # as in the scripts
     scale: Literal["cpu", "paper"] = "cpu"  # cpu: 20,000 diffusion steps, 200,000 samples, 40,000 updates
-    seeds: int = 1  # of the agent, at least one
+    seeds: int = 1  # of the agent; 0: nothing is run, the table is of what is recorded
     workers: int = 2  # runs at a time, one thread each
 
 
@@ -72,26 +72,32 @@ def main(args):
 
     def job(label, seed):
         """Seeds above 0 and labels "... samples of X" take the samples of another run."""
-        options, source, source_run = options_of(args, label, seed), label.partition("samples of ")[2] or label, None
-        if options.get("data") != "real" and (seed > 0 or source != label):
-            source_run = f"{source}-0", "synther_td3bc.py", options_of(args, source, 0)
-        return result(args.out / "variations.jsonl", f"{label}-{seed}", "synther_td3bc.py", source_run, **options)
+        options, source = options_of(args, label, seed), None
+        maker = label.partition("samples of ")[2] or label
+        if options.get("data") != "real" and (seed > 0 or maker != label):
+            source = f"{maker}-0", "synther_td3bc.py", options_of(args, maker, 0)
+        result(args.out / "variations.jsonl", f"{label}-{seed}", "synther_td3bc.py", source, **options)
 
-    labels, found = STUDIES[args.study], {}
-    own = [label for label in labels if "samples of" not in label]
     for seed in range(args.seeds):
-        for some in own, [label for label in labels if label not in own]:
-            values = at_once(args.workers, [partial(job, label, seed) for label in some])
-            found |= {(label, seed): value for label, value in zip(some, values)}
-    real = edm.load_transitions(str(args.dataset_path or args.env))
-    numbers = sum(x.size for x in real.values())
-    print("| | data / model | marginal | correlation | AUC | score |\n|---|---|---|---|---|---|")
-    panel = {label: np.array([found[label, seed]["score"] for seed in range(args.seeds)]) for label in labels}
+        for later in False, True:  # first those whose samples others take
+            labels = [label for label in STUDIES[args.study] if ("samples of" in label) == later]
+            at_once(args.workers, [partial(job, label, seed) for label in labels])
+    show(args)
+
+
+def show(args):
+    """Print the table of what is recorded of the study, and draw its picture."""
+    found = {label: every_seed(args.out / "variations.jsonl", label) for label in STUDIES[args.study]}
+    panel = {label: [values["score"] for values in own] for label, own in found.items() if own}
+    if not panel:
+        raise edm.RunError(f"nothing of {args.study} is recorded in {args.out}")
+    numbers = sum(x.size for x in edm.load_transitions(str(args.dataset_path or args.env)).values())
+    print("| | data / model | marginal | correlation | AUC | score (seeds) |\n|---|---|---|---|---|---|")
     for label, scores in panel.items():
-        first = found[label, 0]
+        first = found[label][0]
         columns = [f"{numbers / first['parameters']:.1f}" if "parameters" in first else ""]
         columns += [f"{first[key]:.3f}" if key in first else "" for key in ("marginal", "correlation", "c2st")]
-        print(f"| {label} | {' | '.join(columns)} | {scores.mean():.1f} ± {scores.std():.1f} |")
+        print(f"| {label} | {' | '.join(columns)} | {summary(scores)} |")
     draw_scores(args.out / f"{args.study}.png", {args.study: panel})
 
 

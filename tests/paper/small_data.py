@@ -153,7 +153,7 @@ def show(args):
             print(f"| {name}, {agent}, data multiplier | {' | '.join(factors.get(size, '') for size in sizes)} |")
     for ax in axes.flat:
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
-        ax.set_xlim(0.8 * sizes[0], 1.25 * sizes[-1])
+        ax.set(xlim=(0.8 * sizes[0], 1.25 * sizes[-1]), ylim=(0, None))
         ax.minorticks_off()
     fig.legend(handles.values(), handles.keys(), loc="outside right upper")
     fig.savefig(args.out / "small_data.png", dpi=100)

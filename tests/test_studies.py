@@ -122,7 +122,7 @@ def test_our_own_results_are_shown_without_a_run(tmp_path, monkeypatch, capsys):
     before = {path: path.read_text() for path in (tmp_path / "results").glob("*.jsonl")}
     monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("something is run"))
     out = tmp_path / "results"
-    table13.main(table13.Args(out, seeds=0))
+    table13.main(table13.Args(out))
     variations.main(variations.Args("table3", out))
     figure6.main(figure6.Args(out, tasks=("Hopper-v4",), methods=("sac",)))
     small_data.main(small_data.Args(out, data=("hopper",), sizes=(5_000,), seeds=1))  # without the hopper.hdf5

@@ -1,21 +1,24 @@
-"""SynthER online: SAC with a diffusion model beside its replay buffer, and the baselines SAC and REDQ.
+"""SynthER online: SAC learns from its replay buffer and from what a diffusion model makes of it.
 
-Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section 4.2 and Algorithm 1.
-The agent is soft actor-critic as REDQ's code has it (Chen et al. 2021), the same for all three methods. With --algo
-synther a new diffusion model is trained on the replay buffer every 10,000 environment steps, and half of each batch
-comes from its samples. That is all that changes, and it lets SAC make 20 updates per environment step.
+Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section
+4.2 and Algorithm 1. The agent is soft actor-critic as in REDQ's code (Chen et al. 2021). Half of
+each batch is generated, which lets it make 20 updates per environment step. Read `main`, at the
+end, first.
 
-    python synther_sac_online.py                                      # Pendulum; a few minutes on two CPU cores
-    python synther_sac_online.py --env HalfCheetah-v4                 # the paper's experiment; wants a GPU
-    python synther_sac_online.py --env dmc/cheetah-run                # the DeepMind Control suite
-    python synther_sac_online.py --env HalfCheetah-v4 --algo redq     # a baseline; so is --algo sac
-    python synther_sac_online.py --env Hopper-v4 --algo sac --total-steps 50000 --save-dataset hopper.hdf5
-    python synther_sac_online.py --resume runs/...                    # continue a run that was stopped
+    python synther_sac_online.py
+
+learns to hold up a pendulum, in a few minutes on two CPU cores. Other experiments:
+
+    --env HalfCheetah-v4                # the paper's; wants a GPU
+    --env HalfCheetah-v4 --algo redq    # a baseline; --algo sac is the other
+    --env dmc/cheetah-run               # the DeepMind Control suite
+    --resume runs/...                   # continue a run that was stopped
 """
 
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,9 +26,7 @@ import re
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -40,79 +41,72 @@ from matplotlib.figure import Figure
 
 import edm
 
-# --- Arguments --------------------------------------------------------------------------------------------------------
+# --- Arguments ---
 
 
 @dataclass
 class Args(edm.DiffusionArgs):
-    env: str = "Pendulum-v1"
-    """a Gymnasium id with flat Box spaces (HalfCheetah-v4), or dmc/domain-task (dmc/cheetah-run)"""
-    seed: int = 0
-    """seed of agent, environment and evaluation; that of each diffusion model adds --diffusion-seed and the step"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
-    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time_in_ms} is made
-    exp_name: Optional[str] = None
-    """name of the experiment, part of the run folder's name (default: synther_sac_online-{algo})"""
-    resume: Optional[str] = None  # run folder to continue, with the arguments saved there
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "synther"  # project to log to with --track
-    wandb_entity: Optional[str] = None  # team or user to log to with --track
+    # Experiment
+    env: str = "Pendulum-v1"  # Gymnasium id (HalfCheetah-v4) or dmc/domain-task (dmc/cheetah-run)
+    seed: edm.NotNegativeInt = 0  # of all; a diffusion model's depends on the step, too
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    out_dir: str = "runs"  # where the run folder is made
+    exp_name: Optional[str] = None  # part of its name (None: synther_sac_online-ALGO)
+    resume: Optional[str] = None  # run folder to go on with
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "synther"  # for --track
+    wandb_entity: Optional[str] = None  # for --track
+    save_dataset: Optional[str] = None  # .hdf5 for the replay buffer; also with --resume
 
-    algo: Literal["sac", "redq", "synther"] = "synther"
-    """sac: 2 critics, 1 update per step; redq: 10 and 20; synther: 2 and 20, half of each batch generated"""
-    synther_ratio: float = 0.5  # share of generated transitions in a batch (paper: 0.5)
-    retrain_every: Optional[int] = None  # environment steps between diffusion models (paper: 10,000; Pendulum: 500)
-    warm_start: bool = False  # start each diffusion model from the last one's weights (official code: from new weights)
-    standardize_reward: Optional[bool] = None
-    """standardise the reward for the diffusion model (paper: yes; official code and default: but for dmc/)"""
-    save_dataset: Optional[str] = None
-    """write the replay buffer to this .hdf5 file, in D4RL's layout; with --resume, that of a run that has ended too"""
+    # Agent
+    algo: Literal["sac", "redq", "synther"] = "synther"  # sac, redq: without diffusion
+    synther_ratio: edm.Fraction = 0.5  # share of generated rows in a batch (paper)
+    retrain_every: Optional[edm.Count] = None  # steps between diffusion models (paper: 10,000)
+    warm_start: bool = False  # start them from the last one's weights (paper: anew)
+    standardize_reward: Optional[bool] = None  # for them (paper; official code: not in dmc/)
+    total_steps: Optional[edm.Count] = None  # in the environment (paper: 100,000; dmc/: 200,000)
+    learning_starts: Optional[edm.Count] = None  # random steps before updates (paper: 5,000)
+    utd: Optional[edm.Count] = None  # critic updates per step (paper: 20; sac: 1)
+    num_q: Optional[edm.AtLeastTwo] = None  # critics; a target takes two (paper: 2; redq: 10)
+    batch_size: edm.Count = 256  # transitions per update (paper)
+    hidden_dim: edm.Count = 256  # units per hidden layer (paper)
+    hidden_layers: edm.Count = 2  # (paper)
+    learning_rate: edm.Positive = 3e-4  # Adam's (paper)
+    discount: edm.Fraction = 0.99  # gamma (paper)
+    tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
+    target_entropy: Optional[float] = None  # None: minus the actions' dimension (official code)
 
-    total_steps: Optional[int] = None
-    """environment steps (paper: 200,000 on DeepMind Control, 100,000 else; Pendulum: 2,000)"""
-    learning_starts: Optional[int] = None
-    """environment steps before the first update, with random actions (paper: 5,000; Pendulum: 500)"""
-    utd: Optional[int] = None
-    """critic updates per environment step (paper: 20; sac: 1); one of the policy, as in the official code up to 20"""
-    num_q: Optional[int] = None
-    """critics; a target is the minimum of two of them, drawn anew for each update (paper: 2; redq: 10)"""
-    batch_size: int = 256  # transitions per update (paper: 256)
-    hidden_dim: int = 256  # units per hidden layer (paper: 256)
-    hidden_layers: int = 2  # hidden layers (paper: 2)
-    learning_rate: float = 3e-4  # Adam's learning rate (paper: 3e-4)
-    discount: float = 0.99  # discount factor gamma (paper: 0.99)
-    tau: float = 0.005  # rate of the target networks' moving average (paper: 0.005)
-    target_entropy: Optional[float] = None
-    """entropy that the temperature is tuned to (default, and official code: minus the dimension of the actions)"""
-    eval_every: Optional[int] = None  # environment steps between evaluations (paper: 1,000; Pendulum: 250)
-    eval_episodes: int = 10  # episodes per evaluation (paper: 10); 0 skips evaluation
-    checkpoint_every: Optional[int] = None  # environment steps between checkpoints (default: 5,000; Pendulum: 500)
+    # Evaluation
+    eval_every: Optional[edm.Count] = None  # steps between log, evaluation, checkpoint (1,000)
+    eval_episodes: edm.NotNegativeInt = 10  # at each (paper); or 0
 
 
-# What depends on the environment. An argument that is None takes the value of the first pattern that matches.
+# An argument that is None takes its value from the first entry that matches --env and has one.
 DEFAULTS = {
-    "Pendulum": dict(total_steps=2_000, learning_starts=500, eval_every=250, checkpoint_every=500, retrain_every=500,
-                     diffusion_steps=2_000, num_samples=20_000),
+    "Pendulum": dict(total_steps=2_000, learning_starts=500, eval_every=250, retrain_every=500)
+    | dict(diffusion_steps=2_000, num_samples=20_000),
     "dmc/": dict(total_steps=200_000, standardize_reward=False),
-    "": dict(total_steps=100_000, learning_starts=5_000, eval_every=1_000, checkpoint_every=5_000, retrain_every=10_000,
-             diffusion_steps=100_000, num_samples=1_000_000, standardize_reward=True),
-}  # fmt: skip
-ALGOS = {"sac": dict(utd=1, num_q=2), "redq": dict(utd=20, num_q=10), "synther": dict(utd=20, num_q=2)}
+    "": dict(total_steps=100_000, learning_starts=5_000, eval_every=1_000, retrain_every=10_000)
+    | dict(diffusion_steps=100_000, num_samples=1_000_000, standardize_reward=True),
+}
+ALGOS = dict(sac=dict(utd=1, num_q=2), redq=dict(utd=20, num_q=10), synther=dict(utd=20, num_q=2))
 
-# --- SAC --------------------------------------------------------------------------------------------------------------
+# --- SAC ---
 
 
 class TanhGaussianActor(nn.Module):
-    """Stochastic policy: observations [batch, obs_dim] -> a Gaussian, squashed to actions in (-1, 1) by a tanh."""
+    """Random policy: observations [batch, obs_dim] -> a Gaussian, squashed by a tanh to (-1, 1)."""
 
     def __init__(self, obs_dim, act_dim, hidden_dim, hidden_layers):
         super().__init__()
-        sizes = [obs_dim] + [hidden_dim] * hidden_layers
-        hidden = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-        self.net = nn.Sequential(*hidden)
-        self.mean, self.log_std = nn.Linear(sizes[-1], act_dim), nn.Linear(sizes[-1], act_dim)
+        layers = [nn.Linear(obs_dim, hidden_dim), nn.ReLU()]
+        for _ in range(hidden_layers - 1):
+            layers += [nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
+        self.net = nn.Sequential(*layers)
+        self.mean = nn.Linear(hidden_dim, act_dim)
+        self.log_std = nn.Linear(hidden_dim, act_dim)
 
-    def forward(self, observations):
+    def act(self, observations):
         """The action of the mean, [batch, act_dim]."""
         return self.mean(self.net(observations)).tanh()
 
@@ -128,38 +122,45 @@ class TanhGaussianActor(nn.Module):
 
 # Copied from synther_td3bc.EnsembleCritic
 class EnsembleCritic(nn.Module):
-    """Independent Q-functions as one batched network: (s, a) [batch, obs_dim + act_dim] -> [num_critics, batch]."""
+    """Q-functions in one network: (s, a) [batch, in_dim] -> [num_critics, batch]."""
 
     def __init__(self, in_dim, hidden_dim, hidden_layers, num_critics=2):
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
         sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
         for fan_in, fan_out in zip(sizes, sizes[1:]):
-            bound = 1 / math.sqrt(fan_in)  # PyTorch's default for a linear layer
+            bound = 1 / math.sqrt(fan_in)  # as in nn.Linear
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
-        layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
-        h = x.expand(len(layers[0][1]), *x.shape)
-        for i, (weight, bias) in enumerate(layers):
-            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)  # in place is faster
+    def forward(self, x, members=None):
+        """members: the slice or indices of the Q-functions to evaluate. None: all."""
+        h = x
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            if members is not None:
+                weight = weight[members]
+                bias = bias[members]
+            h = F.relu(h, inplace=True) if i > 0 else x.expand(len(bias), *x.shape)
+            h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
 
 class SAC(nn.Module):
-    """SAC in the order of REDQ's code (Chen et al. 2021). A batch holds rows [s, a, r, s', d] of `edm.pack`."""
+    """The agent, in the order of REDQ's code. A batch holds rows [s, a, r, s', d]."""
 
     LOSSES = ("critic_loss", "actor_loss")
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
-        self.sizes = [obs_dim, act_dim, 1, obs_dim, 1]
+        self.obs_dim = obs_dim
+        self.act_dim = act_dim
         self.args = args
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
-        self.actor = TanhGaussianActor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers)
-        self.critic = EnsembleCritic(obs_dim + act_dim, args.hidden_dim, args.hidden_layers, args.num_q)
-        for name, parameter in self.named_parameters():  # as REDQ: Glorot and Bengio's uniform weights, biases 0
+        sizes = (args.hidden_dim, args.hidden_layers)
+        self.actor = TanhGaussianActor(obs_dim, act_dim, *sizes)
+        self.critic = EnsembleCritic(obs_dim + act_dim, *sizes, args.num_q)
+        for name, parameter in self.named_parameters():  # Glorot and Bengio's, as in REDQ's code
             if "bias" in name:
                 nn.init.zeros_(parameter)
             else:
@@ -167,418 +168,528 @@ class SAC(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(1))
-        self.register_buffer("alpha", torch.full((1,), 0.2))  # REDQ's value until the first update of log_alpha
+        self.register_buffer("alpha", torch.full((1,), 0.2))  # REDQ's, before the first update
         self.to(args.device)
-        self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
+
+        self.actor_params = [*self.actor.parameters(), self.log_alpha]
+        self.critic_params = list(self.critic.parameters())
         self.target_params = list(self.critic_target.parameters())
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")  # capturable: in CUDA graphs
-        groups = dict(actor=self.actor_params, critic=self.critic_params, alpha=[self.log_alpha])
-        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in groups.items()}
+        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
+        self.optimizers = {
+            "actor": torch.optim.Adam(self.actor_params, **adam),
+            "critic": torch.optim.Adam(self.critic_params, **adam),
+        }
 
     def update(self, batch, with_actor):
-        """One step of all critics on rows [batch, dim], if asked one of actor and temperature, then one of the targets.
-
-        The target uses the actor before this step's update, and the actor's loss the critics before theirs. Returns
-        both losses; the actor's is 0 if it has no step.
-        """
-        args = self.args
-        observations, actions, rewards, next_observations, terminals = batch.split(self.sizes, dim=1)
+        """One step of all critics, if asked one of actor and temperature, then one of the targets.
+        The target uses the actor before its step, the actor the critics before theirs."""
+        s, a, r, next_s, done = edm.split(batch, self.obs_dim)
         with torch.no_grad():
-            next_actions, next_log_density = self.actor.sample(next_observations)
-            members = torch.rand(args.num_q, device=batch.device).topk(2).indices  # two different critics
-            next_q = self.critic_target(torch.cat([next_observations, next_actions], dim=1), members).amin(0)
-            next_value = next_q - self.alpha * next_log_density
-            target = rewards[:, 0] + args.discount * (1 - terminals[:, 0]) * next_value
-        q = self.critic(torch.cat([observations, actions], dim=1))
+            next_a, log_density = self.actor.sample(next_s)
+            members = torch.rand(self.args.num_q, device=batch.device).topk(2).indices
+            next_q = self.critic_target(torch.cat([next_s, next_a], dim=1), members).amin(0)
+            target = r + self.args.discount * (1 - done) * (next_q - self.alpha * log_density)
+        q = self.critic(torch.cat([s, a], dim=1))
         critic_loss = (q - target).square().mean(1).sum()
         self.optimizers["critic"].zero_grad()
         critic_loss.backward()
         actor_loss = torch.zeros_like(critic_loss)
         if with_actor:
-            policy_actions, log_density = self.actor.sample(observations)
-            q = self.critic(torch.cat([observations, policy_actions], dim=1)).mean(0)  # not the minimum
+            policy_a, log_density = self.actor.sample(s)
+            q = self.critic(torch.cat([s, policy_a], dim=1)).mean(0)  # not the minimum
             actor_loss = (self.alpha * log_density - q).mean()
             alpha_loss = -self.log_alpha * (log_density.detach() + self.target_entropy).mean()
             self.optimizers["actor"].zero_grad()
-            actor_loss.backward(inputs=self.actor_params)  # no gradient for the critics
+            (actor_loss + alpha_loss).backward(inputs=self.actor_params)  # not the critics'
             self.optimizers["actor"].step()
-            self.optimizers["alpha"].zero_grad()
-            alpha_loss.backward()
-            self.optimizers["alpha"].step()
             self.alpha.copy_(self.log_alpha.detach().exp())
         self.optimizers["critic"].step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.target_params, self.critic_params, args.tau)
+            torch._foreach_lerp_(self.target_params, self.critic_params, self.args.tau)
         return torch.stack([critic_loss, actor_loss]).detach()
 
 
-# --- Environments and scores ------------------------------------------------------------------------------------------
+# Differs from synther_td3bc.make_update: several batches, the actor's step at the last
+def make_update(args, agent, replay, loss_sums):
+    """A function update() that trains on --utd batches, and adds up the losses."""
+    batch = torch.empty(args.batch_size, replay.rows.shape[1], device=args.device)
 
-# Copied from synther_td3bc.REFERENCE_SCORES
-REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 100
-    "HalfCheetah-": (-280.178953, 12135.0),
-    "Hopper-": (-20.272305, 3234.3),
-    "Walker2d-": (1.629008, 4592.3),
-    "maze2d-umaze-": (23.85, 161.86),
-    "maze2d-medium-": (13.13, 277.39),
-    "maze2d-large-": (6.7, 273.99),
-    "antmaze-": (0.0, 1.0),
-    "dmc/": (0.0, 1000.0),  # every task of the DeepMind Control suite
-}
+    def critic_step():
+        loss_sums.add_(agent.update(batch, with_actor=False))
+
+    def last_step():
+        loss_sums.add_(agent.update(batch, with_actor=True))
+
+    if args.device == "cuda":
+        critic_step = edm.cuda_graph(critic_step)
+        last_step = edm.cuda_graph(last_step)
+
+    def update():
+        sizes = (args.utd, args.batch_size, args.synther_ratio)
+        batches = sample_batches(replay.real(), replay.synthetic, *sizes)
+        for rows in batches[:-1]:
+            batch.copy_(rows)
+            critic_step()
+        batch.copy_(batches[-1])
+        last_step()
+
+    return update
 
 
-# Copied from synther_td3bc.normalized_score
-def normalized_score(env_id, returns):
-    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN without an entry above."""
-    low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
-    return 100 * (returns - low) / (high - low)
+# --- Environments and scores ---
+
+
+# Differs from synther_td3bc.normalized_score: DeepMind Control
+def normalized_score(env_name, returns):
+    """Score of undiscounted returns: 0 is a random policy, 100 an expert. NaN if unknown."""
+    references = {
+        "HalfCheetah-": (-280.178953, 12135.0),  # these are D4RL's
+        "Hopper-": (-20.272305, 3234.3),
+        "Walker2d-": (1.629008, 4592.3),
+        "dmc/": (0.0, 1000.0),
+    }
+    for prefix, (low, high) in references.items():
+        if env_name.startswith(prefix):
+            return 100 * (returns - low) / (high - low)
+    return np.nan * returns
 
 
 class DMC(gym.Env):
-    """A task of the DeepMind Control suite: flat float32 observations in its own order; 1000 steps, no terminals."""
+    """A task of the DeepMind Control suite, with flat float32 observations in its own order."""
 
     def __init__(self, domain, task):
         choose_renderer()  # one task needs one, quadruped-escape
-        from dm_control import suite  # takes seconds, and nothing else here needs it
+        from dm_control import suite  # here, because it takes seconds
 
         self.dm_env = suite.load(domain, task, environment_kwargs=dict(flat_observation=True))
-        shape, actions = self.dm_env.observation_spec()["observations"].shape, self.dm_env.action_spec()
+        shape = self.dm_env.observation_spec()["observations"].shape
+        bounds = self.dm_env.action_spec()
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
-        self.action_space = gym.spaces.Box(actions.minimum.astype(np.float32), actions.maximum.astype(np.float32))
+        self.action_space = gym.spaces.Box(np.float32(bounds.minimum), np.float32(bounds.maximum))
+
+    def observe(self, time_step):
+        self.observation = time_step.observation["observations"].astype(np.float32)
+        return self.observation
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.dm_env.task._random = np.random.RandomState(seed % 2**32)
-        self.observation = self.dm_env.reset().observation["observations"].astype(np.float32)
-        return self.observation, {}
+        return self.observe(self.dm_env.reset()), {}
 
     def step(self, action):
         from dm_control.rl.control import PhysicsError
 
         try:
             time_step = self.dm_env.step(action)
-        except PhysicsError:  # the simulation has diverged: the episode ends in its last valid state, not terminal
+        except PhysicsError:  # it has diverged: the episode ends, not terminal, in its last state
             return self.observation, 0.0, False, True, {}
-        self.observation = time_step.observation["observations"].astype(np.float32)
-        return self.observation, time_step.reward, False, time_step.last(), {}
+        return self.observe(time_step), time_step.reward, False, time_step.last(), {}
 
 
 # Copied from synther_vd4rl.choose_renderer
 @functools.cache
 def choose_renderer():
-    """On Linux, where MUJOCO_GL is not set: set it to a renderer that works and needs no screen, if there is one."""
+    """On Linux, set MUJOCO_GL, if it is not, to what renders without a screen, if anything does."""
     if "MUJOCO_GL" in os.environ or sys.platform != "linux":
         return
     test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(84, 84).make_current()"]
     for backend in ("egl", "osmesa"):
-        if subprocess.run(test, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode == 0:
+        environ = os.environ | {"MUJOCO_GL": backend}
+        if subprocess.run(test, env=environ, capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return
 
 
 # Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
 def make_env(name):
-    """The environment of a Gymnasium id or dmc/domain-task. RunError for an unknown one, or unsupported spaces."""
-    if tuple(map(int, version("mujoco").split(".")[:2])) >= (3, 5):
-        warnings.warn("mujoco 3.5 and later add up contact margins, so the dynamics are not D4RL's: install 3.4.0")
+    """The environment of a Gymnasium id or dmc/domain-task. RunError if it fails."""
     try:
         if name.startswith("dmc/"):
             domain, _, task = name.removeprefix("dmc/").partition("-")
-            env = gym.wrappers.TimeLimit(DMC(domain, task), 1000)
+            env = gym.wrappers.TimeLimit(DMC(domain, task), 1_000)
         else:
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
-                env = gym.make(name, disable_env_checker=True)
+            gym.logger.min_level = gym.logger.ERROR  # no warnings about v4
+            env = gym.make(name, disable_env_checker=True)
             if env.spec.max_episode_steps is None:
-                warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
+                print(f"{name} has no time limit: its episodes end after 1,000 steps")
                 env = gym.wrappers.TimeLimit(env, 1_000)
-        env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
     except Exception as error:  # an environment can fail in any way
-        hint = f" (MUJOCO_GL is {os.environ.get('MUJOCO_GL')})" if "gl" in str(error).lower() else ""
-        raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from None
-    s, a = env.observation_space, env.action_space
-    is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
-    if not (is_flat and a.dtype.kind == "f" and (a.low < a.high).all() and max(*-a.low, *a.high) < 1e9):
-        raise edm.RunError(f"{name} has {s} and {a}; only flat Box spaces with float actions in a range are supported")
-    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+        message = " ".join(str(error).split())
+        raise edm.RunError(f"cannot make the environment {name}: {message}") from None
+    spaces = (env.observation_space, env.action_space)
+    bounds = np.zeros((2, 1))  # lower and upper bounds of actions
+    if all(len(space.shape or ()) == 1 for space in spaces) and spaces[1].dtype.kind == "f":
+        bounds = np.stack([spaces[1].low, spaces[1].high])
+    if (bounds[0] >= bounds[1]).any() or np.abs(bounds).max() >= 1e9:
+        supported = "only flat Box spaces with float actions in a range are supported"
+        raise edm.RunError(f"{name} has {spaces}; {supported}")
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return gym.wrappers.ClipAction(env)
 
 
 # Copied from synther_td3bc.evaluate
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of one episode in each environment, stepped together. `policy` maps float32 observations
-    [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with seed + i. RunError for NaN or Inf."""
-    observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
-    returns, alive = np.zeros(len(envs)), list(range(len(envs)))
-    while alive:
-        actions = policy(torch.from_numpy(observations[alive])).numpy()
+    """Returns [len(envs)] of an episode in each environment, reset with seed + its index. `policy`
+    maps observations [n, obs_dim] to actions [n, act_dim]."""
+    resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+    obs = np.stack(resets, dtype=np.float32)
+    returns = np.zeros(len(envs))
+    running = list(range(len(envs)))
+    while running:
+        actions = policy(torch.from_numpy(obs[running])).numpy()
         if not np.isfinite(actions).all():
-            cause = "the agent's action" if np.isfinite(observations).all() else "the environment's observation"
-            raise edm.RunError(f"{cause} became NaN or Inf in an evaluation")
-        for i, action in zip(tuple(alive), actions):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
+            what = "the agent's action" if np.isfinite(obs).all() else "an observation"
+            raise edm.RunError(f"{what} became NaN or Inf in an evaluation")
+        for i, action in zip(tuple(running), actions):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += np.asarray(reward).item()
             if terminated or truncated:
-                alive.remove(i)
+                running.remove(i)
     return returns
 
 
-# --- Replay buffer ----------------------------------------------------------------------------------------------------
+# --- Replay buffer ---
 
-CAPACITY = 1_000_000  # rows; then the oldest is overwritten
+CAPACITY = 1_000_000  # rows
 
 
-def sample_batches(replay, synthetic, num_batches, batch_size, ratio):
-    """Batches for one environment step, [num_batches, batch_size, dim], drawn with replacement (Algorithm 1, line 9).
-    int(batch_size * ratio) rows of each are from `synthetic` [M, dim] if that holds any, the others from `replay`."""
+@dataclass
+class ReplayBuffer:
+    rows: torch.Tensor  # [s, a, r, s', d] of the environment; a full buffer drops the oldest
+    synthetic: torch.Tensor  # those that a diffusion model has generated
+    step: int = 0  # environment steps so far
+    model_step: int = 0  # the step at which that model was trained
+
+    def real(self):
+        return self.rows[: self.step]
+
+
+def sample_batches(real, synthetic, num_batches, batch_size, ratio):
+    """Batches [num_batches, batch_size, dim] (Algorithm 1, line 9). int(batch_size * ratio) rows of
+    each are from synthetic [M, dim], if M > 0, the others from real [N, dim]."""
     num_synthetic = int(batch_size * ratio) if len(synthetic) else 0
-    index = torch.randint(len(replay), (num_batches, batch_size - num_synthetic), device=replay.device)
-    if not num_synthetic:
-        return replay[index]
-    synthetic_index = torch.randint(len(synthetic), (num_batches, num_synthetic), device=replay.device)
-    return torch.cat([replay[index], synthetic[synthetic_index]], dim=1)
+    shape = (num_batches, batch_size - num_synthetic)
+    batches = real[torch.randint(len(real), shape, device=real.device)]
+    if num_synthetic > 0:
+        shape = (num_batches, num_synthetic)
+        chosen = torch.randint(len(synthetic), shape, device=real.device)
+        batches = torch.cat([batches, synthetic[chosen]], dim=1)
+    return batches
 
 
-def save_dataset(path, env, rows, timeouts):
-    """Write rows [N, dim] in the order of their collection to an HDF5 file in D4RL's layout.
-
-    timeouts [N]: where a time limit ended an episode. The last row counts as such an end. The file holds actions in the
-    environment's own units.
-    """
-    original = env.env.env.action_space  # before ClipAction and RescaleAction
-    low, high = original.low, original.high
-    data = edm.unpack(rows, env.observation_space.shape[0], len(low))
-    data["actions"] = (low + high) / 2 + (high - low) / 2 * data["actions"]
-    timeouts[-1] = True
-    data["timeouts"] = timeouts.numpy() & ~data["terminals"]
+def save_dataset(path, env, replay):
+    """Write the rows of the environment, the oldest first, to an HDF5 file in D4RL's layout, with
+    actions in the environment's own units. The last row ends an episode."""
+    obs_dim = env.observation_space.shape[0]
+    rows = replay.real().cpu().roll(-replay.step, 0)
+    data = edm.unpack(rows, obs_dim)
+    space = env.env.env.action_space  # before ClipAction and RescaleAction
+    data["actions"] = (space.low + space.high) / 2 + (space.high - space.low) / 2 * data["actions"]
+    is_last = edm.episode_starts(rows, obs_dim).roll(-1).numpy()
+    data["timeouts"] = is_last & ~data["terminals"]
 
     def write(f):
+        options = dict(compression="gzip", compression_opts=9, shuffle=True)
         with h5py.File(f, "w") as file:
             for key, x in data.items():
-                file.create_dataset(key, data=x, compression="gzip", compression_opts=9, shuffle=True)
+                file.create_dataset(key, data=x, **options)
 
     edm.save_atomically(path, write)
 
 
-# --- Experiment -------------------------------------------------------------------------------------------------------
+# --- Run folder ---
 
 
 # Differs from synther_td3bc.parse_args: another --save-dataset can be given
 def parse_args():
-    """The arguments of the command line. With --resume, those that the run was started with."""
+    """The command line's arguments; with --resume, those of that run."""
     args = tyro.cli(Args, description=__doc__)
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
+            raise edm.RunError(f"{args.resume} is not a run folder: {error}") from None
         args = tyro.cli(Args, default=saved)
-        changed = [name for name, value in vars(args).items() if value != getattr(saved, name)]
-        if changed := set(changed) - {"resume", "track", "wandb_project", "wandb_entity", "save_dataset"}:
-            raise edm.RunError(f"{args.resume} was started with another {', '.join(changed)}")
+        free = ("resume", "track", "wandb_project", "wandb_entity", "save_dataset")
+        for name, value in vars(args).items():
+            if name not in free and value != getattr(saved, name):
+                raise edm.RunError(f"{args.resume} was started with another {name}")
     return args
 
 
-def main(args):
-    # --- Arguments, environments ---
-    start_time = time.time()
-    for values in [values for pattern, values in DEFAULTS.items() if re.match(pattern, args.env)]:
-        edm.fill(args, values)
+# Copied from synther_td3bc.Run
+class Run:
+    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
+
+    def __init__(self, args, data=b""):
+        name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
+        self.folder = Path(args.resume or Path(args.out_dir) / re.sub(r"[^\w.-]", "-", name))
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb
+            where = dict(project=args.wandb_project, entity=args.wandb_entity, dir=args.out_dir)
+            try:
+                wandb.init(**where, id=self.folder.name, config=vars(args), resume="allow")
+            except wandb.Error as error:
+                raise edm.RunError(f"--track: {error}") from None
+            wandb.define_metric("*", step_metric="step")
+        text = json.dumps(vars(args), indent=2)
+        print(text)
+        if not args.resume:
+            self.folder.mkdir(parents=True)
+            (self.folder / "args.json").write_text(text)
+        print(f"run folder: {self.folder}")
+        edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {self.folder}")
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.saved = dict(stage="", log_size=0, seconds=0)
+        if self.checkpoint.exists():
+            self.saved = edm.load_torch(self.checkpoint, args.device)
+        self.data_hash = hashlib.sha256(data).hexdigest()
+        if self.saved.get("data_hash", self.data_hash) != self.data_hash:
+            raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
+        self.start_time = time.time() - self.saved["seconds"]
+        self.metrics = open(self.folder / "metrics.csv", "a+", buffering=1)
+        self.metrics.truncate(self.saved["log_size"])  # what came later is logged again
+        if self.saved["log_size"] == 0:
+            self.metrics.write("step,key,value\n")
+
+    def log(self, step, values):
+        """step: diffusion steps for diffusion/... and sampling, updates for all else."""
+        for key, value in values.items():
+            self.metrics.write(f"{step},{key},{float(value)}\n")
+        if self.wandb:
+            with contextlib.suppress(Exception):  # it may fail
+                self.wandb.log(values | {"step": step})
+
+    def save(self, state):
+        """Write the checkpoint: `state`, a dict, and where log and clock are."""
+        now = dict(log_size=self.metrics.seek(0, 2), seconds=time.time() - self.start_time)
+        edm.save_torch(self.checkpoint, state | now | dict(data_hash=self.data_hash))
+
+
+# --- Experiment ---
+
+
+@torch.no_grad()
+def act(args, env, agent, replay, obs):
+    """Make an environment step and store its row. Returns the next observation."""
+    obs = np.array(obs)  # some environments write the next one into the same array
+    t = replay.step
+    if t <= args.learning_starts:
+        action = 2 * torch.rand(agent.act_dim, device=args.device) - 1
+    else:
+        s = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
+        action = agent.actor.sample(s[None])[0][0]
+    action = action.cpu().numpy()  # the only wait in training
+    if not np.isfinite(action).all():
+        what = "the agent's action" if np.isfinite(obs).all() else f"the observation of {args.env}"
+        raise edm.RunError(f"{what} is not finite at environment step {t}")
+    next_obs, reward, terminated, truncated, _ = env.step(action)
+    # A fall on the very step of the time limit is terminal too. In the official code it is not.
+    parts = [obs, action, np.ravel(reward), next_obs, [terminated]]
+    row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
+    if not row.isfinite().all():
+        what = f"observation {next_obs}, reward {reward}"
+        raise edm.RunError(f"{args.env} gave NaN or Inf at step {t}: {what}")
+    replay.rows[t % len(replay.rows)] = row.to(args.device)
+    replay.step += 1
+    return env.reset()[0] if terminated or truncated else next_obs
+
+
+def retrain(args, run, agent, replay, save):
+    """Train a new diffusion model and replace the generated rows (Algorithm 1, lines 6 to 8).
+    save() writes the checkpoint. Returns the seconds that it took."""
+    save()  # so that a kill costs no more than this model
+    start = time.time()
+    path = run.folder / "diffusion.pt"
+    last = edm.load_edm(path) if args.warm_start and replay.model_step > 0 else None
+
+    def make(dim, recipe):  # the paper's recipe has 128 offline
+        model = edm.EDM(dim, recipe, time_dim=256 if recipe.time_dim else None)
+        if last:
+            model.denoiser.load_state_dict(last.denoiser.state_dict())
+        return model
+
+    real = replay.real().cpu()
+    has_terminals = not args.env.startswith("dmc/")  # else d is 0, and not part of the model
+    columns = real if has_terminals else real[:, :-1]
+    raw_columns = [-1] if has_terminals else []
+    if not args.standardize_reward:
+        raw_columns.append(agent.obs_dim + agent.act_dim)
+    seed = (args.seed + args.diffusion_seed) * 1_000_003 + replay.step
+    values = {}  # to log
+    quiet = copy.copy(edm.NO_RUN)
+    quiet.log = lambda step, loss: values.update(loss)
+    options = dict(make=make, raw_columns=raw_columns, device=args.device, run=quiet)
+    model = edm.train_edm(columns, replace(args, diffusion_seed=seed), **options)
+    clock = time.time()
+    if has_terminals:  # 0 or 1; in the official code they are not rounded
+        rows = edm.generate_transitions(model, real, args.num_samples, seed)
+    else:
+        rows = F.pad(edm.generate(model, args.num_samples, seed), (0, 1))
+    values["perf/diffusion_seconds"] = clock - start
+    values["perf/samples_per_sec"] = len(rows) / (time.time() - clock)
+    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, agent.obs_dim))
+    report = edm.quality_report(real, rows)
+    print("sample quality:", report)
+    if report["marginal"] < 0.8:
+        print("the samples are not like the data")
+    run.log(replay.step, values | {f"diffusion/{key}": x for key, x in report.items()})
+    replay.synthetic = rows.to(args.device)
+    replay.model_step = replay.step
+    edm.save_edm(path, model)  # until here a warm start needs the last one
+    save()
+    edm.plot_marginals(run.folder / "marginals.png", real, rows, agent.obs_dim, agent.act_dim)
+    return time.time() - start
+
+
+# Differs from synther_td3bc.train: an environment, and diffusion models on the way
+def train(args, run, agent, replay, env, envs):
+    """Algorithm 1. At 0 and after every --eval-every environment steps: log, evaluate, save.
+    Gives the evaluations, a list of (steps, returns)."""
+    evaluations = []
+    first = 0
+    loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
+    parts = {"agent": agent} | agent.optimizers
+    rng = torch.cuda if args.device == "cuda" else torch
+    if run.saved["stage"] == "agent":
+        for name, part in parts.items():
+            part.load_state_dict(run.saved[name])
+        replay.step = run.saved["step"]
+        replay.real()[:] = run.saved["replay"]
+        replay.model_step = run.saved["model_step"]
+        if replay.model_step > 0:
+            data = edm.load_transitions(run.folder / "synthetic.npz")
+            replay.synthetic = edm.pack(**data).to(args.device)
+        evaluations = run.saved["evaluations"]
+        first = replay.step + 1
+        loss_sums.copy_(run.saved["loss_sums"])
+        rng.set_rng_state(run.saved["rng"].cpu())
+
+    def save():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(stage="agent", step=replay.step, model_step=replay.model_step)
+        state |= dict(replay=replay.real().clone(), evaluations=evaluations, loss_sums=loss_sums)
+        run.save(state | dict(rng=rng.get_rng_state()))
+
+    update = make_update(args, agent, replay, loss_sums)
+    obs, _ = env.reset(seed=args.seed + 1_003 * replay.step)
+    clock = time.time()
+    end = args.total_steps + 1
+    bar = edm.Bar(range(first, end), args.algo, initial=first, total=end)
+    for step in bar:
+        is_due = replay.step > replay.model_step and replay.step % args.retrain_every == 0
+        if args.algo == "synther" and is_due:
+            clock += retrain(args, run, agent, replay, save)  # the rate is the agent's
+        if step > 0:
+            obs = act(args, env, agent, replay, obs)
+        if step > args.learning_starts:
+            update()
+        if step % args.eval_every == 0 or step == args.total_steps:
+            log_losses(args, run, agent, step, loss_sums, time.time() - clock)
+            if envs:
+                returns = log_evaluation(args, run, agent, step, envs)
+                evaluations.append((step, returns.tolist()))
+            save()
+            clock = time.time()
+        elif bar.stop:
+            save()
+    return evaluations
+
+
+def log_losses(args, run, agent, step, loss_sums, seconds):
+    """Log the means since the last evaluation, and set the sums to 0."""
+    count = step % args.eval_every or args.eval_every
+    count = min(count, step - args.learning_starts)  # steps with updates
+    if count <= 0:
+        return
+    critic_loss, actor_loss = (loss_sums / count).tolist()
+    if not math.isfinite(critic_loss + actor_loss):
+        raise edm.RunError(f"a loss became NaN or Inf before environment step {step}")
+    values = {"train/critic_loss": critic_loss / args.utd, "train/actor_loss": actor_loss}
+    values["train/alpha"] = agent.alpha.item()
+    run.log(step, values | {"perf/updates_per_sec": args.utd * count / seconds})
+    loss_sums.zero_()
+
+
+def log_evaluation(args, run, agent, step, envs):
+    """Evaluate the actor and log the scores. Gives the returns [len(envs)]."""
+    actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
+    returns = evaluate(actor.act, envs, args.seed + 10_000)  # in the official code ever new ones
+    values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
+    score = normalized_score(args.env, returns.mean())
+    if math.isfinite(score):
+        values["eval/normalized_score"] = score
+    run.log(step, values | {"perf/seconds": time.time() - run.start_time})
+    return returns
+
+
+# Differs from synther_td3bc.write_results: environment steps, not updates
+def write_results(args, run, evaluations):
+    """Write final_returns.npz and learning_curve.png, and print the last evaluation."""
+    steps = np.array([step for step, _ in evaluations])
+    returns = np.array([returns for _, returns in evaluations])  # [evaluations, episodes]
+    scores = normalized_score(args.env, returns)
+    arrays = dict(steps=steps, returns=returns, normalized_scores=scores)
+    arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # unifloral's names
+    edm.save_npz(run.folder / "final_returns.npz", arrays)
+    has_score = np.isfinite(scores).all()
+    values = scores if has_score else returns
+    label = "normalised score" if has_score else "return"
+    print(f"{label} {values[-1].mean():.1f} +- {values[-1].std():.1f}")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
+    ax.errorbar(steps, values.mean(1), values.std(1), capsize=2)
+    ax.set(xlabel="environment steps", ylabel=label, title=run.folder.name)
+    edm.save_atomically(run.folder / "learning_curve.png", fig.savefig)
+
+
+# Differs from synther_td3bc.fill_args: values by --algo, and other limits
+def fill_args(args):
+    """Fill the arguments that are None from DEFAULTS and ALGOS. RunError for what cannot be."""
+    for pattern, values in DEFAULTS.items():
+        if re.match(pattern, args.env):
+            edm.fill(args, values)
     edm.fill(args, ALGOS[args.algo] | dict(exp_name=f"synther_sac_online-{args.algo}"))
     edm.resolve(args, 0)
     edm.check_args(args)
-    edm.join_processes(args.device)  # under torchrun all but the first stay here
-    if args.num_q < 2:
-        raise edm.RunError(f"--num-q must be at least 2, not {args.num_q}")
-    for name in ("learning_starts", "retrain_every") if args.algo == "synther" else ("learning_starts",):
-        if getattr(args, name) >= args.total_steps:
-            raise edm.RunError(f"--{name.replace('_', '-')} must be less than --total-steps {args.total_steps}")
+    first_model = args.retrain_every if args.algo == "synther" else 0
+    if max(args.learning_starts, first_model) >= args.total_steps:
+        names = "--learning-starts and --retrain-every"
+        raise edm.RunError(f"{names} must be less than --total-steps {args.total_steps}")
     if args.save_dataset:
         path = Path(args.save_dataset)
-        if path.suffix not in (".hdf5", ".h5") or not path.parent.is_dir() or (path.exists() and not args.resume):
-            raise edm.RunError(f"--save-dataset must be a new .hdf5 file in an existing folder, not {path}")
-    env, envs = make_env(args.env), [make_env(args.env) for _ in range(args.eval_episodes)]
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    has_score = not math.isnan(normalized_score(args.env, 0))
+        is_new = args.resume or not path.exists()
+        if path.suffix not in (".hdf5", ".h5") or not path.parent.is_dir() or not is_new:
+            wanted = "a new .hdf5 file in an existing folder"
+            raise edm.RunError(f"--save-dataset must be {wanted}, not {path}")
 
-    # --- Run folder and log ---
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{1000 * start_time:.0f}")
-    run_dir = Path(args.resume or Path(args.out_dir) / run_name)
-    if args.track:
-        import wandb
 
-        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=args.out_dir)
-        try:
-            wandb.init(**where, config=vars(args), resume="allow")
-        except wandb.Error as error:
-            raise edm.RunError(f"--track: {error}") from None
-        wandb.define_metric("*", step_metric="step")
-    if not args.resume:
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    checkpoint = run_dir / "checkpoint.pt"
-    saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(step=0, log_size=0, seconds=0)
-    start_time -= saved["seconds"]
-    print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
-    edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {run_dir}")
-    metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
-    metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
-    metrics.write("" if saved["log_size"] else "step,key,value\n")
-
-    def log(step, values):  # step: environment steps, for all of them
-        metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
-        if args.track:
-            with contextlib.suppress(Exception):  # a failure of the tracker does not end the run
-                wandb.log(values | {"step": step})
-
-    # --- Agent, replay buffer, and where a stopped run was ---
+def main(args):
+    """Environment -> replay buffer -> diffusion model -> generated transitions -> agent."""
+    fill_args(args)
+    edm.join_processes(args.device)  # under torchrun, all processes but the first stay there
+    env = make_env(args.env)
+    envs = [make_env(args.env) for _ in range(args.eval_episodes)]
+    obs_dim = env.observation_space.shape[0]
+    act_dim = env.action_space.shape[0]
+    run = Run(args)
     torch.manual_seed(args.seed)
     agent = SAC(obs_dim, act_dim, args)
-    capacity = min(CAPACITY, args.total_steps)
-    replay = torch.zeros(capacity, 2 * obs_dim + act_dim + 2, device=args.device)
-    timeouts = torch.zeros(capacity, dtype=torch.bool)
-    batch = torch.empty(args.batch_size, replay.shape[1], device=args.device)
-    losses = torch.zeros(len(agent.LOSSES), device=args.device)
-    evaluations, start, model_step, synthetic = [], saved["step"], 0, replay[:0]
-    if start > 0:
-        agent.load_state_dict(saved["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        replay[: len(saved["replay"])] = saved["replay"]
-        timeouts[: len(saved["replay"])] = saved["timeouts"].cpu()
-        timeouts[(start - 1) % capacity] = True  # a new episode begins: the environment's state is not saved
-        losses.copy_(saved["losses"])
-        evaluations, model_step = saved["evaluations"], saved["model_step"]
-        edm.generator(args.device).set_state(saved["rng"].cpu())
-    if model_step > 0:
-        synthetic = edm.pack(**edm.load_transitions(run_dir / "synthetic.npz")).to(args.device)
-    obs = np.array(env.reset(seed=args.seed + 1_003 * start)[0])  # some environments write the next into the same array
-
-    def save(step):
-        optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
-        state = dict(step=step, model_step=model_step, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
-        state |= dict(replay=replay[:step].clone(), timeouts=timeouts[:step].clone(), seconds=time.time() - start_time)
-        state |= dict(rng=edm.generator(args.device).get_state(), log_size=metrics.seek(0, 2), evaluations=evaluations)
-        edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
-
-    def critic_step():
-        losses.add_(agent.update(batch, with_actor=False))
-
-    def last_step():
-        losses.add_(agent.update(batch, with_actor=True))
-
-    if args.device == "cuda":
-        critic_step, last_step = edm.cuda_graph(critic_step), edm.cuda_graph(last_step)
-
-    def evaluate_agent(step):
-        actor = copy.deepcopy(agent.actor).cpu()  # a few rows at a time are faster there
-        returns = evaluate(actor, envs, args.seed + 10_000)  # the official code draws new seeds every 1,000 steps
-        evaluations.append((step, returns.tolist()))
-        values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-        if has_score:
-            values["eval/normalized_score"] = normalized_score(args.env, returns.mean())
-        log(step, values | {"perf/seconds": time.time() - start_time})
-        bar.set_postfix({key.removeprefix("eval/"): f"{value:.1f}" for key, value in values.items()}, refresh=False)
-
-    bar = edm.Bar(range(start, args.total_steps), args.algo, initial=start, total=args.total_steps)
-    if args.eval_episodes and start == 0:
-        evaluate_agent(0)
-    clock = time.time()
-    for t in bar:
-        # --- SynthER: train a new diffusion model, replace the generated transitions (Algorithm 1, lines 6 to 8) ---
-        if args.algo == "synther" and t % args.retrain_every == 0 and t > model_step:
-            save(t)  # so that a kill costs no more than this stage
-            pause, values = time.time(), {}
-            real = replay[:t].cpu()
-            has_terminals = not args.env.startswith("dmc/")  # otherwise d is no part of the model
-            raw_columns = ([-1] if has_terminals else []) + ([] if args.standardize_reward else [obs_dim + act_dim])
-            settings = replace(args, diffusion_seed=(args.seed + args.diffusion_seed) * 1_000_003 + t)
-            init = edm.load_edm(run_dir / "diffusion.pt") if args.warm_start and model_step > 0 else None
-            options = dict(init=init, device=args.device, log=lambda _, loss: values.update(loss))
-            columns = real if has_terminals else real[:, :-1]
-            model = edm.train_edm(columns, settings, raw_columns=raw_columns, time_dim=256, **options)
-            sampling_time = time.time()
-            if has_terminals:
-                rows = edm.generate_transitions(model, real, settings)  # the official code does not round terminals
-            else:
-                rows = F.pad(edm.generate(model, args.num_samples, settings), (0, 1))  # d = 0
-            values["perf/diffusion_seconds"] = sampling_time - pause
-            values["perf/samples_per_sec"] = len(rows) / (time.time() - sampling_time)
-            report = edm.quality_report(real, rows)
-            edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
-            edm.save_atomically(run_dir / "synthetic.npz", lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
-            print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthe samples are not like the data")
-            log(t, values | {f"diffusion/{key}": value for key, value in report.items()})
-            edm.save_edm(run_dir / "diffusion.pt", model)  # last: until here, a warm start needs the one before
-            synthetic, model_step = rows.to(args.device), t
-            save(t)
-            clock += time.time() - pause  # the rate is the agent's
-
-        # --- Act ---
-        with torch.no_grad():
-            if t <= args.learning_starts:
-                action = 2 * torch.rand(act_dim, device=args.device) - 1
-            else:
-                action = agent.actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=args.device)[None])[0][0]
-        action = action.cpu().numpy()  # the only wait in training
-        if not np.isfinite(action).all():
-            cause = "the agent's action" if np.isfinite(obs).all() else f"the observation of {args.env}"
-            raise edm.RunError(f"{cause} is not finite at environment step {t}")
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        # A fall on the very step of the time limit is terminal too; in the official code it is not.
-        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
-        if not np.isfinite(row).all():
-            raise edm.RunError(f"{args.env} gave NaN or Inf at step {t}: observation {next_obs}, reward {reward}")
-        replay[t % capacity] = torch.from_numpy(row).to(args.device)
-        timeouts[t % capacity] = truncated
-        obs = np.array(env.reset()[0] if terminated or truncated else next_obs)
-
-        # --- Learn ---
-        if t >= args.learning_starts:
-            batches = sample_batches(replay[: t + 1], synthetic, args.utd, args.batch_size, args.synther_ratio)
-            for i in range(args.utd):
-                batch.copy_(batches[i])
-                critic_step() if i < args.utd - 1 else last_step()
-
-        # --- Log, evaluate, save ---
-        step = t + 1
-        if step % args.eval_every == 0 or step == args.total_steps:
-            count = min(step % args.eval_every or args.eval_every, step - args.learning_starts)
-            if count > 0:
-                critic_loss, actor_loss = (losses / count).tolist()
-                if not math.isfinite(critic_loss + actor_loss):
-                    raise edm.RunError(f"a loss of the agent is no longer finite, before environment step {step}")
-                values = {"train/critic_loss": critic_loss / args.utd, "train/actor_loss": actor_loss}
-                rate = args.utd * count / (time.time() - clock)
-                log(step, values | {"train/alpha": agent.alpha.item(), "perf/updates_per_sec": rate})
-                losses.zero_()
-            if args.eval_episodes:
-                evaluate_agent(step)
-            clock = time.time()
-        if step % args.checkpoint_every == 0 or step == args.total_steps or bar.stop:
-            save(step)
-
-    # --- Results ---
+    capacity = min(args.total_steps, CAPACITY)
+    rows = torch.zeros(capacity, 2 * obs_dim + act_dim + 2, device=args.device)
+    replay = ReplayBuffer(rows, synthetic=rows[:0])
+    evaluations = train(args, run, agent, replay, env, envs)
+    if args.save_dataset and not Path(args.save_dataset).exists():
+        save_dataset(args.save_dataset, env, replay)
     if evaluations:
-        steps, returns = (np.array(x) for x in zip(*evaluations))
-        scores = normalized_score(args.env, returns)
-        arrays = dict(steps=steps, returns=returns, normalized_scores=scores)
-        arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # by unifloral's names
-        edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
-        values, label = (scores, "normalised score") if has_score else (returns, "return")
-        mean, std = values.mean(1), values.std(1)  # over the episodes of each evaluation
-        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
-        ax.fill_between(steps, mean - std, mean + std, alpha=0.25, linewidth=0)
-        ax.plot(steps, mean)
-        ax.set(xlabel="environment steps", ylabel=label, title=run_dir.name)
-        edm.save_atomically(run_dir / "learning_curve.png", lambda f: ax.figure.savefig(f, format="png", dpi=120))
-        score = f"normalised score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}, " if has_score else ""
-        print(f"{score}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
-    if args.save_dataset and Path(args.save_dataset).exists():
-        print(f"{args.save_dataset} exists, and is left as it is")
-    elif args.save_dataset:
-        shift = -args.total_steps  # the oldest row first
-        save_dataset(args.save_dataset, env, replay.cpu().roll(shift, 0), timeouts.roll(shift))
-    print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
+        write_results(args, run, evaluations)
+    print(f"done in {time.time() - run.start_time:.0f} s: {run.folder}")
 
 
 if __name__ == "__main__":

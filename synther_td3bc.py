@@ -1,19 +1,17 @@
-"""SynthER with TD3+BC (Fujimoto and Gu, 2021): train an offline agent on transitions that a diffusion model generates.
+"""SynthER with TD3+BC: train an offline agent on transitions that a diffusion model generates.
 
-Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section 4.1. One command loads
-a dataset, trains a diffusion model on it, generates as many transitions as you like, trains the agent on these alone,
-evaluates it, and leaves everything in one run folder.
+Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section
+4.1, with the agent of Fujimoto and Gu (2021). Read `main`, at the end, first.
 
     python synther_td3bc.py
 
-The command as it stands learns from 40,000 transitions of HalfCheetah-v4, the replay buffer of an agent whose return
-had come to 2,350. It ends at a score of about 28; with --data real at about 24. Options make it another experiment:
+learns from the replay buffer of an agent whose return on HalfCheetah-v4 had come to 2,350. It ends
+at a score of about 28; with --data real at about 24. Other experiments:
 
-    --env walker2d-medium-replay-v2                       # the paper's; wants a GPU
-    --env walker2d-medium-replay-v2 --data real           # its baseline, without generated transitions
-    --env walker2d-medium-replay-v2 --seed 1 --synthetic-path runs/.../synthetic.npz  # another seed, the same samples
-    --env Walker2d-v4 --dataset-path my_transitions.npz   # your own data
-    --resume runs/...                                     # continue a run that was stopped
+    --env walker2d-medium-replay-v2                      # the paper's; wants a GPU
+    --seed 1 --synthetic-path runs/.../synthetic.npz     # another agent, on the same samples
+    --env Walker2d-v4 --dataset-path my_transitions.npz  # your own data
+    --resume runs/...                                    # continue a run that was stopped
 """
 
 import contextlib
@@ -24,9 +22,9 @@ import math
 import re
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, Optional
 
 import gymnasium as gym
@@ -39,134 +37,142 @@ from matplotlib.figure import Figure
 
 import edm
 
-try:
-    import mujoco
-except Exception as error:  # MUJOCO_GL asks for a renderer that is not here
-    print(f"error: cannot import mujoco (is MUJOCO_GL wrong?): {error}", file=sys.stderr)
-    sys.exit(2)
-
-# --- Arguments --------------------------------------------------------------------------------------------------------
+# --- Arguments ---
 
 
 @dataclass
 class Args(edm.DiffusionArgs):
-    env: str = "quickstart"
-    """a D4RL name, a Minari id or `quickstart`; with --dataset-path, the D4RL name or Gymnasium id to evaluate in"""
-    dataset_path: Optional[str] = None  # a D4RL-layout HDF5 file or an .npz of transitions to learn from
-    synthetic_path: Optional[str] = None
-    """learn from the synthetic.npz of an earlier offline run (its first --num-samples rows) instead of generating"""
-    seed: int = 0
-    """seed of the agent, its batches and its evaluation; --diffusion-seed seeds subset, diffusion model and samples"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
-    out_dir: str = "runs"  # where the run folder {env}__{exp_name}__{seed}__{unix_time_in_ms} is made
-    exp_name: str = "synther_td3bc"  # name of the experiment, part of the run folder's name
-    resume: Optional[str] = None  # run folder to continue, with the arguments saved there
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "synther"  # project to log to with --track
-    wandb_entity: Optional[str] = None  # team or user to log to with --track
+    # Experiment
+    env: str = "quickstart"  # D4RL name, Minari id; with --dataset-path, where to evaluate
+    seed: edm.NotNegativeInt = 0  # of agent and evaluation
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    out_dir: str = "runs"  # where run folders are made
+    exp_name: str = "synther_td3bc"  # part of the run folder's name
+    resume: Optional[str] = None  # run folder to go on with
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "synther"  # for --track
+    wandb_entity: Optional[str] = None  # for --track
 
-    data: Literal["synther", "real", "mixed"] = "synther"
-    """what the agent learns from: generated transitions (Table 2), real ones, or equal numbers of both (Table 12)"""
-    augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"
-    """explicit augmentation of each batch, the baselines of Figures 1a and 4 (Appendix D.1)"""
-    subsample: Optional[float] = None
-    """keep this fraction (up to 1) or number of the real transitions (Figures 1a and 4)"""
-    true_next_obs: bool = False
-    """take s' of terminal rows from the file's next_observations, not from the next row as D4RL does"""
+    # Data
+    data: Literal["synther", "real", "mixed"] = "synther"  # what the agent learns from
+    dataset_path: Optional[str] = None  # real transitions: .npz, or HDF5 as D4RL's
+    synthetic_path: Optional[str] = None  # synthetic.npz of an earlier run
+    subsample: Optional[edm.Positive] = None  # keep this fraction (up to 1) or number of rows
+    true_next_obs: bool = False  # s' of terminal rows as in the file, unlike D4RL
+    augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"  # Figure 4
 
-    updates: Optional[int] = None  # gradient updates (paper: 1,000,000; quickstart: 50,000)
-    batch_size: int = 256  # transitions per update (paper: 256; 1024 with the larger network of Table 3)
-    hidden_dim: int = 256  # units per hidden layer (paper: 256; larger network 512)
-    hidden_layers: int = 2  # hidden layers (paper: 2; larger network 3)
-    learning_rate: float = 3e-4  # Adam's learning rate (paper: 3e-4)
-    discount: float = 0.99  # discount factor gamma (paper: 0.99)
-    tau: float = 0.005  # rate of the target networks' moving average (paper: 0.005)
-    policy_noise: float = 0.2
-    """standard deviation of the target action's noise, in units of the largest action (paper: 0.2)"""
-    noise_clip: float = 0.5  # limit of that noise (paper: 0.5)
-    policy_freq: int = 2  # critic updates per update of actor and targets (paper: 2)
-    alpha: float = 2.5  # weight of the Q-value against behaviour cloning (paper: 2.5)
-    eval_every: int = 5_000  # updates between evaluations (paper: 5,000)
-    eval_episodes: Optional[int] = None
-    """episodes per evaluation (paper: 10; mazes 100); 0: none, and --env is any name, the sizes and bound the data's"""
-    checkpoint_every: int = 5_000  # diffusion training steps, or updates of the agent, between checkpoints
+    # Agent
+    updates: Optional[edm.Count] = None  # of the agent (paper: 1,000,000; quickstart: 50,000)
+    batch_size: edm.Count = 256  # transitions per update (paper)
+    hidden_dim: edm.Count = 256  # units per hidden layer (paper)
+    hidden_layers: edm.Count = 2  # (paper)
+    learning_rate: edm.Positive = 3e-4  # Adam's (paper)
+    discount: edm.Fraction = 0.99  # gamma (paper)
+    tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
+    policy_noise: edm.NotNegative = 0.2  # of target actions, in units of the largest (paper)
+    noise_clip: edm.NotNegative = 0.5  # limit of that noise (paper)
+    policy_freq: edm.Count = 2  # critic updates per actor update (paper)
+    alpha: edm.NotNegative = 2.5  # weight of Q against behaviour cloning (paper)
+
+    # Evaluation
+    eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
+    eval_episodes: Optional[edm.NotNegativeInt] = None  # at each; 0: none
 
 
-# By dataset: an argument that is None takes its value from the first entry that matches (re.match) and has one.
+# An argument that is None takes its value from the first entry that matches --env and has one.
 DEFAULTS = {
     "quickstart": dict(diffusion_steps=20_000, num_samples=200_000, updates=50_000),
     "maze2d|antmaze": dict(eval_episodes=100),
-    "": dict(diffusion_steps=100_000, num_samples=5_000_000, updates=1_000_000, eval_episodes=10),
+    "": dict(updates=1_000_000, eval_episodes=10),
 }
 
-# --- TD3+BC -----------------------------------------------------------------------------------------------------------
+# --- TD3+BC ---
 
 
 class Actor(nn.Module):
-    """Deterministic policy: normalised observations [batch, obs_dim] -> actions [batch, act_dim]."""
+    """Deterministic policy: normalised states [batch, obs_dim] -> actions [batch, act_dim]."""
 
     def __init__(self, obs_dim, act_dim, hidden_dim, hidden_layers, max_action):
         super().__init__()
-        sizes = [obs_dim] + [hidden_dim] * hidden_layers
-        hidden = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], act_dim), nn.Tanh())
+        layers = [nn.Linear(obs_dim, hidden_dim), nn.ReLU()]
+        for _ in range(hidden_layers - 1):
+            layers += [nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
+        layers += [nn.Linear(hidden_dim, act_dim), nn.Tanh()]
+        self.net = nn.Sequential(*layers)
         self.max_action = max_action
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
 
-    def forward(self, observations):
-        return self.max_action * self.net(observations)
+    def forward(self, states):
+        return self.max_action * self.net(states)
+
+    def act(self, observations):
+        """For observations as they come."""
+        return self((observations - self.obs_mean) / self.obs_std)
 
 
 class EnsembleCritic(nn.Module):
-    """Independent Q-functions as one batched network: (s, a) [batch, obs_dim + act_dim] -> [num_critics, batch]."""
+    """Q-functions in one network: (s, a) [batch, in_dim] -> [num_critics, batch]."""
 
     def __init__(self, in_dim, hidden_dim, hidden_layers, num_critics=2):
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
         sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
         for fan_in, fan_out in zip(sizes, sizes[1:]):
-            bound = 1 / math.sqrt(fan_in)  # PyTorch's default for a linear layer
+            bound = 1 / math.sqrt(fan_in)
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, x, members=None):  # members: a slice or index tensor of the Q-functions to evaluate; None: all
-        layers = [(w, b) if members is None else (w[members], b[members]) for w, b in zip(self.weights, self.biases)]
-        h = x.expand(len(layers[0][1]), *x.shape)
-        for i, (weight, bias) in enumerate(layers):
-            h = torch.baddbmm(bias, F.relu(h, inplace=True) if i else h, weight)  # in place is faster
+    def forward(self, x, members=None):
+        """members: the slice or indices of those to evaluate. None: all."""
+        h = x
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            if members is not None:
+                weight = weight[members]
+                bias = bias[members]
+            h = F.relu(h, inplace=True) if i > 0 else x.expand(len(bias), *x.shape)
+            h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
 
 class TD3BC(nn.Module):
-    """TD3+BC (Fujimoto and Gu 2021). A batch holds rows [s, a, r, s', d] of `edm.pack`, the states normalised."""
+    """The agent. A batch holds rows [s, a, r, s', d] with normalised states."""
 
     LOSSES = ("critic_loss", "actor_loss")
 
     def __init__(self, obs_dim, act_dim, max_action, args):
         super().__init__()
-        self.sizes = [obs_dim, act_dim, 1, obs_dim, 1]
+        self.obs_dim = obs_dim
+        self.max_action = max_action
         self.args = args
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers, max_action)
         self.critic = EnsembleCritic(obs_dim + act_dim, args.hidden_dim, args.hidden_layers)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(args.device)
-        self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
-        self.target_params = [*self.actor_target.parameters(), *self.critic_target.parameters()]  # in the order of both
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")  # capturable: in CUDA graphs
-        groups = dict(actor=self.actor_params, critic=self.critic_params)
-        self.optimizers = {name: torch.optim.Adam(params, **adam) for name, params in groups.items()}
+
+        self.actor_params = list(self.actor.parameters())
+        self.critic_params = list(self.critic.parameters())
+        self.target_params = [*self.actor_target.parameters(), *self.critic_target.parameters()]
+        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
+        self.optimizers = {
+            "actor": torch.optim.Adam(self.actor_params, **adam),
+            "critic": torch.optim.Adam(self.critic_params, **adam),
+        }
 
     def update_critic(self, batch):
-        """One step of both critics on rows [batch, dim]. Returns the loss."""
-        args, max_action = self.args, self.actor.max_action
-        observations, actions, rewards, next_observations, terminals = batch.split(self.sizes, dim=1)
+        """One step of both critics. Returns the loss."""
+        args = self.args
+        s, a, r, next_s, done = edm.split(batch, self.obs_dim)
         with torch.no_grad():
-            noise = (args.policy_noise * torch.randn_like(actions)).clamp(-args.noise_clip, args.noise_clip)
-            next_actions = self.actor_target(next_observations) + max_action * noise
-            next_actions = next_actions.clamp(-max_action, max_action)
-            next_q = self.critic_target(torch.cat([next_observations, next_actions], dim=1)).amin(0)
-            target = rewards[:, 0] + args.discount * (1 - terminals[:, 0]) * next_q
-        q = self.critic(torch.cat([observations, actions], dim=1))
+            noise = args.policy_noise * torch.randn_like(a)
+            noise = noise.clamp(-args.noise_clip, args.noise_clip)
+            next_a = self.actor_target(next_s) + self.max_action * noise
+            next_a = next_a.clamp(-self.max_action, self.max_action)
+            next_q = self.critic_target(torch.cat([next_s, next_a], dim=1)).amin(0)
+            target = r + args.discount * (1 - done) * next_q
+        q = self.critic(torch.cat([s, a], dim=1))
         loss = (q - target).square().mean(1).sum()
         self.optimizers["critic"].zero_grad()
         loss.backward()
@@ -174,403 +180,393 @@ class TD3BC(nn.Module):
         return loss.detach()
 
     def update_actor(self, batch):
-        """One step of the actor on rows [batch, dim], then of all targets. Returns the loss."""
-        observations, actions = batch.split(self.sizes, dim=1)[:2]
-        policy_actions = self.actor(observations)
-        q = self.critic(torch.cat([observations, policy_actions], dim=1), members=slice(1))  # the first, as in TD3
-        loss = F.mse_loss(policy_actions, actions) - self.args.alpha * q.mean() / q.abs().mean().detach()
+        """One step of the actor, then of all targets. Returns the loss."""
+        s, a, _, _, _ = edm.split(batch, self.obs_dim)
+        policy_a = self.actor(s)
+        q = self.critic(torch.cat([s, policy_a], dim=1), members=slice(1))  # the first, as in TD3
+        loss = F.mse_loss(policy_a, a) - self.args.alpha * q.mean() / q.abs().mean().detach()
         self.optimizers["actor"].zero_grad()
         loss.backward(inputs=self.actor_params)  # no gradient for the critics
         self.optimizers["actor"].step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.target_params, self.actor_params + self.critic_params, self.args.tau)
+            params = self.actor_params + self.critic_params
+            torch._foreach_lerp_(self.target_params, params, self.args.tau)
         return loss.detach()
 
 
 def augment_batch(batch, kind, obs_dim):
-    """Explicit augmentation of rows with normalised states, in place (Appendix D.1). "none" changes nothing. The paper
-    leaves the noise open: here its standard deviation is 0.1, and s and s' get the same noise or factor."""
-    observations, next_observations = batch[:, :obs_dim], batch[:, -1 - obs_dim : -1]
+    """Explicit augmentation of normalised states, in place (Appendix D.1)."""
+    s, _, r, next_s, _ = edm.split(batch, obs_dim)
     if kind == "additive":
-        noise = 0.1 * torch.randn_like(observations)
-        observations += noise
-        next_observations += noise
+        noise = 0.1 * torch.randn_like(s)  # the paper's 0.1 may also be a variance
+        s += noise
+        next_s += noise
     elif kind == "multiplicative":
-        factor = torch.empty_like(batch[:, :1]).uniform_(0.8, 1.2)
-        observations *= factor
-        next_observations *= factor
+        factor = torch.empty_like(r).uniform_(0.8, 1.2)[:, None]
+        s *= factor
+        next_s *= factor
     elif kind == "dynamics":
-        factor = torch.empty_like(batch[:, :1]).uniform_(0.5, 1.5)
-        next_observations.copy_(torch.lerp(observations, next_observations, factor))
+        factor = torch.empty_like(r).uniform_(0.5, 1.5)[:, None]
+        next_s.copy_(torch.lerp(s, next_s, factor))
 
 
-# --- Environments and scores ------------------------------------------------------------------------------------------
+def make_update(args, agent, rows, loss_sums):
+    """A function update(number) that trains on a batch of rows, and adds up the losses."""
+    batch = torch.empty(args.batch_size, rows.shape[1], device=args.device)
 
-REFERENCE_SCORES = {  # returns of a random and an expert policy: D4RL's 0 and 100
-    "HalfCheetah-": (-280.178953, 12135.0),
-    "Hopper-": (-20.272305, 3234.3),
-    "Walker2d-": (1.629008, 4592.3),
-    "maze2d-umaze-": (23.85, 161.86),
-    "maze2d-medium-": (13.13, 277.39),
-    "maze2d-large-": (6.7, 273.99),
-    "antmaze-": (0.0, 1.0),
-    "dmc/": (0.0, 1000.0),  # every task of the DeepMind Control suite
-}
+    def critic_step():
+        chosen = torch.randint(len(rows), (args.batch_size,), device=args.device)
+        batch.copy_(rows[chosen])
+        augment_batch(batch, args.augment, agent.obs_dim)
+        loss_sums[0] += agent.update_critic(batch)
 
+    def actor_step():  # on the same batch; its mean is over critic updates, too
+        loss_sums[1] += args.policy_freq * agent.update_actor(batch)
 
-def normalized_score(env_id, returns):
-    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN without an entry above."""
-    low, high = next((x for prefix, x in REFERENCE_SCORES.items() if env_id.startswith(prefix)), (math.nan, math.nan))
-    return 100 * (returns - low) / (high - low)
+    if args.device == "cuda":
+        critic_step = edm.cuda_graph(critic_step)
+        actor_step = edm.cuda_graph(actor_step)
 
+    def update(number):
+        critic_step()
+        if number % args.policy_freq == 0:
+            actor_step()
 
-MAZES = {  # walls of D4RL's mazes; a position (i, j) is row i, column j
-    "umaze": "##### #...# ###.# #...# #####",
-    "medium": "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
-    "large": "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
-    "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
-}
+    return update
 
 
-def maze_cells(maze, kind):
-    """The (row, column) of each wall ("#") or free cell (".") of a maze."""
-    return [(i, j) for i, row in enumerate(MAZES[maze].split()) for j, cell in enumerate(row) if cell == kind]
+# --- Environments and scores ---
 
 
-class Maze2d(gym.Env):
-    """D4RL's maze2d: a ball that is pushed through a maze and seeks one place, the same in every episode.
-
-    Observation [x, y, vx, vy] (x grows with the row; the middle of cell (i, j) is at (i - 0.2, j - 0.2)). Action: the
-    force in [-1, 1]^2. Reward 1 for each step that ends within 0.5 of the goal. Only the time limit ends an episode."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, maze, goal):
-        spec = mujoco.MjSpec.from_string("""
-            <mujoco>
-              <compiler inertiafromgeom="true"/> <option timestep="0.01" gravity="0 0 0" iterations="20"/>
-              <default>
-                <joint type="slide" damping="1"/> <motor ctrlrange="-1 1" ctrllimited="true" gear="100"/>
-                <geom friction=".5 .1 .1" density="1000" margin=".002" condim="1" contype="2" conaffinity="1"/>
-              </default>
-              <worldbody>
-                <body pos="1.2 1.2 0">
-                  <geom type="sphere" size=".1" contype="1"/>
-                  <joint name="x" axis="1 0 0"/> <joint name="y" axis="0 1 0"/>
-                </body>
-              </worldbody>
-              <actuator> <motor joint="x"/> <motor joint="y"/> </actuator>
-            </mujoco>""")
-        for i, j in maze_cells(maze, "#"):
-            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.5, 0.5, 0.2], pos=[i + 1, j + 1, 0])
-        self.model = spec.compile()
-        self.physics = mujoco.MjData(self.model)
-        self.cells, self.goal = maze_cells(maze, "."), np.array(goal)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        mujoco.mj_resetData(self.model, self.physics)
-        cell = self.cells[self.np_random.integers(len(self.cells))]
-        self.physics.qpos[:] = cell + self.np_random.uniform(-0.1, 0.1, 2)  # 0.2 off the middle, as in D4RL
-        self.physics.qvel[:] = 0.1 * self.np_random.standard_normal(2)
-        return np.concatenate([self.physics.qpos, self.physics.qvel]), {}
-
-    def step(self, action):
-        self.physics.qvel[:] = np.clip(self.physics.qvel, -5, 5)
-        self.physics.ctrl[:] = np.clip(action, -1, 1)
-        mujoco.mj_step(self.model, self.physics)
-        reward = float(np.linalg.norm(self.physics.qpos - self.goal) <= 0.5)
-        return np.concatenate([self.physics.qpos, self.physics.qvel]), reward, False, False, {}
-
-
-class AntMaze(gym.Env):
-    """D4RL's antmaze, with cells of 4 m: an ant starts at cell (1, 1). It gets reward 1 within 0.5 m of its goal, which
-    ends the episode. Each episode has its own. Observation [29]: 15 positions, 14 velocities. Action [8]: torques."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
-    action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
-
-    def __init__(self, maze, goal):
-        spec = mujoco.MjSpec.from_file(str(Path(gym.__file__).parent / "envs/mujoco/assets/ant.xml"))
-        spec.option.timestep = 0.02
-        for i, j in maze_cells(maze, "#"):
-            wall = spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[2, 2, 1], conaffinity=1)
-            wall.pos = [4 * (j - 1), 4 * (i - 1), 1]  # x is along columns here
-        for geom in spec.geoms:
-            geom.solimp[:3] = 0.8, 0.8, 0.01
-        for motor in spec.actuators:
-            motor.gear[0] = 30  # 150 in Gymnasium
-        self.model = spec.compile()
-        self.physics = mujoco.MjData(self.model)
-        self.goal_middle = np.array([4 * (goal[1] - 1), 4 * (goal[0] - 1)])
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        mujoco.mj_resetData(self.model, self.physics)
-        noise = self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
-        self.goal = np.maximum(self.goal_middle + noise, 0)  # both noises and the limit are D4RL's
-        self.physics.qpos += self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.physics.qvel[:] = 0.1 * self.np_random.standard_normal(self.model.nv)
-        mujoco.mj_forward(self.model, self.physics)
-        return np.concatenate([self.physics.qpos, self.physics.qvel]), {}
-
-    def step(self, action):
-        self.physics.ctrl[:] = np.clip(action, -1, 1)
-        mujoco.mj_step(self.model, self.physics, nstep=5)
-        reached = bool(np.linalg.norm(self.physics.qpos[:2] - self.goal) <= 0.5)
-        return np.concatenate([self.physics.qpos, self.physics.qvel]), float(reached), reached, False, {}
-
-
-for _id, _class, _maze, _goal, _steps in (  # goal: a cell; steps: the time limit of an episode
-    ("maze2d-umaze-v1", Maze2d, "umaze", (1, 1), 300),
-    ("maze2d-medium-v1", Maze2d, "medium", (6, 6), 600),
-    ("maze2d-large-v1", Maze2d, "large", (7, 9), 800),
-    ("antmaze-umaze-v2", AntMaze, "umaze", (3, 1), 700),
-    ("antmaze-medium-play-v2", AntMaze, "medium", (6, 6), 1000),
-    ("antmaze-large-play-v2", AntMaze, "large", (7, 9), 1000),
-):
-    gym.register(_id, _class, max_episode_steps=_steps, kwargs=dict(maze=_maze, goal=_goal))
+def normalized_score(env_name, returns):
+    """D4RL's score of undiscounted returns: 0 is a random policy, 100 an expert. NaN if unknown."""
+    references = {
+        "quickstart|(mujoco/)?halfcheetah[-/]": (-280.178953, 12135.0),
+        "(mujoco/)?hopper[-/]": (-20.272305, 3234.3),
+        "(mujoco/)?walker2d[-/]": (1.629008, 4592.3),
+        "maze2d-umaze-": (23.85, 161.86),
+        "maze2d-medium-": (13.13, 277.39),
+        "maze2d-large-": (6.7, 273.99),
+        "antmaze-.*-v2": (0.0, 1.0),
+    }
+    for pattern, (low, high) in references.items():
+        if re.match(pattern, env_name, re.IGNORECASE):
+            return 100 * (returns - low) / (high - low)
+    return np.nan * returns
 
 
 def make_env(name):
-    """The environment of a dataset or a Gymnasium id. RunError for an unknown one, or spaces that are not supported."""
-    if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 5):
-        warnings.warn("mujoco 3.5 and later add up contact margins, so the dynamics are not D4RL's: install 3.4.0")
-    ids = dict(halfcheetah="HalfCheetah-v4", hopper="Hopper-v4", walker2d="Walker2d-v4", quickstart="HalfCheetah-v4")
+    """The environment of a D4RL name, a Minari id or a Gymnasium id. RunError if it fails."""
+    maze = f"tests.paper.mazes:{name}"  # Gymnasium imports what is before the colon
+    ids = dict(quickstart="HalfCheetah-v4", halfcheetah="HalfCheetah-v4", hopper="Hopper-v4")
+    ids |= dict(walker2d="Walker2d-v4", maze2d=maze, antmaze=maze)
     try:
         if "/" in name:
             import minari
 
             env = minari.load_dataset(name, download=True).recover_environment(eval_env=True)
         else:
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # about v4
-                env = gym.make(ids.get(name.split("-")[0], name), disable_env_checker=True)
+            gym.logger.min_level = gym.logger.ERROR  # no warnings about v4
+            env = gym.make(ids.get(name.split("-")[0], name), disable_env_checker=True)
         if env.spec.max_episode_steps is None:
-            warnings.warn(f"{name} has no time limit: its episodes end after 1,000 steps")
+            print(f"{name} has no time limit: its episodes end after 1,000 steps")
             env = gym.wrappers.TimeLimit(env, 1_000)
-        env.reset(seed=0), env.step(env.action_space.sample())  # what cannot work fails here
-    except Exception as error:  # an environment can fail in any way
-        where = " (synther_td3bc.py has umaze, medium-play and large-play)" if name.startswith("antmaze") else ""
-        raise edm.RunError(f"cannot make the environment {name}: {' '.join(str(error).split())}{where}") from None
-    s, a = env.observation_space, env.action_space
-    is_flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (s, a))
-    if not (is_flat and a.dtype.kind == "f" and len({*-a.low, *a.high}) == 1 and 0 < a.high[0] < 1e9):
-        raise edm.RunError(f"{name} has {s} and {a}; only flat Box spaces with one bound, +-x, for all float actions")
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+    except Exception as error:  # of any kind
+        message = " ".join(str(error).split())
+        raise edm.RunError(f"cannot make the environment {name}: {message}") from None
+    spaces = (env.observation_space, env.action_space)
+    bounds = [0]
+    if all(len(space.shape or ()) == 1 for space in spaces) and spaces[1].dtype.kind == "f":
+        bounds = np.unique([-spaces[1].low, spaces[1].high])
+    if len(bounds) > 1 or not 0 < bounds[0] < 1e9:
+        needed = "flat Box spaces with one bound, +-x, for all float actions"
+        raise edm.RunError(f"{name} has {spaces}, not {needed}")
     return env
 
 
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of one episode in each environment, stepped together. `policy` maps float32 observations
-    [n, obs_dim] to actions [n, act_dim] on the CPU. Environment i is reset with seed + i. RunError for NaN or Inf."""
-    observations = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
-    returns, alive = np.zeros(len(envs)), list(range(len(envs)))
-    while alive:
-        actions = policy(torch.from_numpy(observations[alive])).numpy()
+    """Returns [len(envs)] of an episode in each environment, reset with seed + its index. `policy`
+    maps observations [n, obs_dim] to actions [n, act_dim]."""
+    resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+    obs = np.stack(resets, dtype=np.float32)
+    returns = np.zeros(len(envs))
+    running = list(range(len(envs)))
+    while running:
+        actions = policy(torch.from_numpy(obs[running])).numpy()
         if not np.isfinite(actions).all():
-            cause = "the agent's action" if np.isfinite(observations).all() else "the environment's observation"
-            raise edm.RunError(f"{cause} became NaN or Inf in an evaluation")
-        for i, action in zip(tuple(alive), actions):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
+            what = "the agent's action" if np.isfinite(obs).all() else "an observation"
+            raise edm.RunError(f"{what} became NaN or Inf in an evaluation")
+        for i, action in zip(tuple(running), actions):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += np.asarray(reward).item()
             if terminated or truncated:
-                alive.remove(i)
+                running.remove(i)
     return returns
 
 
-# --- Experiment -------------------------------------------------------------------------------------------------------
+# --- Run folder ---
 
 
 def parse_args():
-    """The arguments of the command line. With --resume, those that the run was started with."""
+    """The command line's arguments; with --resume, those of that run."""
     args = tyro.cli(Args, description=__doc__)
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise edm.RunError(f"{args.resume} is not a run folder of this script: {error}") from None
+            raise edm.RunError(f"{args.resume} is not a run folder: {error}") from None
         args = tyro.cli(Args, default=saved)
-        may_change = ("resume", "track", "wandb_project", "wandb_entity")
-        if changed := [k for k, v in vars(args).items() if k not in may_change and v != getattr(saved, k)]:
-            raise edm.RunError(f"{args.resume} was started with other values of: {', '.join(changed)}")
+        free = ("resume", "track", "wandb_project", "wandb_entity")
+        for name, value in vars(args).items():
+            if name not in free and value != getattr(saved, name):
+                raise edm.RunError(f"{args.resume} was started with another {name}")
     return args
 
 
-def main(args):
-    # --- Arguments, environments, real transitions ---
-    start_time = time.time()
-    for values in [values for pattern, values in DEFAULTS.items() if re.match(pattern, args.env)]:
-        edm.fill(args, values)
+class Run:
+    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
+
+    def __init__(self, args, data=b""):
+        name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
+        self.folder = Path(args.resume or Path(args.out_dir) / re.sub(r"[^\w.-]", "-", name))
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb
+            where = dict(project=args.wandb_project, entity=args.wandb_entity, dir=args.out_dir)
+            try:
+                wandb.init(**where, id=self.folder.name, config=vars(args), resume="allow")
+            except wandb.Error as error:
+                raise edm.RunError(f"--track: {error}") from None
+            wandb.define_metric("*", step_metric="step")
+        text = json.dumps(vars(args), indent=2)
+        print(text)
+        if not args.resume:
+            self.folder.mkdir(parents=True)
+            (self.folder / "args.json").write_text(text)
+        print(f"run folder: {self.folder}")
+        edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {self.folder}")
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.saved = dict(stage="", log_size=0, seconds=0)
+        if self.checkpoint.exists():
+            self.saved = edm.load_torch(self.checkpoint, args.device)
+        self.data_hash = hashlib.sha256(data).hexdigest()
+        if self.saved.get("data_hash", self.data_hash) != self.data_hash:
+            raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
+        self.start_time = time.time() - self.saved["seconds"]
+        self.metrics = open(self.folder / "metrics.csv", "a+", buffering=1)
+        self.metrics.truncate(self.saved["log_size"])  # what came later is logged again
+        if self.saved["log_size"] == 0:
+            self.metrics.write("step,key,value\n")
+
+    def log(self, step, values):
+        """step: diffusion steps for diffusion/... and sampling, updates for all else."""
+        for key, value in values.items():
+            self.metrics.write(f"{step},{key},{float(value)}\n")
+        if self.wandb:
+            with contextlib.suppress(Exception):  # it may fail
+                self.wandb.log(values | {"step": step})
+
+    def save(self, state):
+        """Write the checkpoint: `state`, a dict, and where log and clock are."""
+        now = dict(log_size=self.metrics.seek(0, 2), seconds=time.time() - self.start_time)
+        edm.save_torch(self.checkpoint, state | now | dict(data_hash=self.data_hash))
+
+
+# --- Experiment ---
+
+
+def load_real(args, envs):
+    """The real rows [num_rows, dim], the mask of those that begin an episode, and their sizes."""
+    sizes = None
+    time_limit = 1_000
+    if envs:
+        sizes = envs[0].observation_space.shape + envs[0].action_space.shape
+        time_limit = envs[0].spec.max_episode_steps
+    name = args.dataset_path or args.env
+    data = edm.load_transitions(name, args.true_next_obs, time_limit, sizes)
+    real = SimpleNamespace(rows=edm.pack(**data))
+    real.obs_dim = data["observations"].shape[1]
+    real.act_dim = data["actions"].shape[1]
+    real.starts = edm.episode_starts(real.rows, real.obs_dim)
+    real.max_action = float(np.abs(data["actions"]).max())
+    if envs:
+        bound = float(envs[0].action_space.high[0])
+        if real.max_action > bound:
+            print(f"some actions are beyond the bound +-{bound}")
+        real.max_action = bound
+    if args.subsample:
+        num_rows = len(real.rows)
+        count = round(args.subsample * num_rows if args.subsample <= 1 else args.subsample)
+        if not 2 <= count <= num_rows:
+            raise edm.RunError(f"--subsample asks for {count} transitions, not 2 to {num_rows}")
+        chosen = np.random.default_rng(args.diffusion_seed).choice(num_rows, count, replace=False)
+        real.rows = real.rows[chosen]
+        real.starts = real.starts[chosen]
+    return real
+
+
+def load_synthetic(args, real):
+    """Rows that were generated by another run, or by this one before a stop, or None."""
+    path = Path(args.synthetic_path or f"{args.resume}/synthetic.npz")
+    if not (args.synthetic_path or path.exists()):
+        return None
+    data = edm.load_transitions(path, sizes=(real.obs_dim, real.act_dim))
+    rows = edm.pack(**data)[: args.num_samples]
+    if args.data == "mixed" and len(rows) < len(real.rows):
+        raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, and {path} has {len(rows)}")
+    return rows
+
+
+def generate_synthetic(args, run, real):
+    """SynthER: train a diffusion model on the real transitions, and generate new ones."""
+    options = dict(starts=real.starts, raw_columns=[-1], device=args.device)
+    model = edm.train_edm(real.rows, args, run=run, **options)
+    edm.save_edm(run.folder / "diffusion.pt", model)
+    clock = time.time()
+    rows = edm.generate_transitions(model, real.rows, args.num_samples, args.diffusion_seed)
+    rate = len(rows) / (time.time() - clock)
+    run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
+    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, real.obs_dim, real.act_dim))
+    edm.plot_marginals(run.folder / "marginals.png", real.rows, rows, real.obs_dim, real.act_dim)
+    return rows
+
+
+def agent_rows(args, run, real, synthetic):
+    """The rows that the agent learns from: real ones, generated ones, or both."""
+    if args.data == "real":
+        rows = real.rows.clone()
+    else:
+        if synthetic is None:
+            synthetic = generate_synthetic(args, run, real)
+        rows = synthetic if args.data == "synther" else torch.cat([real.rows, synthetic])
+        if run.saved["stage"] != "agent":
+            report = edm.quality_report(real.rows, synthetic)
+            print("sample quality:", report)
+            if report["marginal"] < 0.8:
+                print("the samples are not like the data")
+            run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
+    if re.match("antmaze-.*-v2", args.env):
+        r = edm.split(rows, real.obs_dim)[2]
+        r -= 1  # -1 per step and 0 at the goal, as in CORL
+    print(f"the agent learns from {len(rows):,} transitions ({args.data})")
+    return rows.to(args.device)
+
+
+def normalize_states(actor, rows, real):
+    """Standardise s and s' in place by the real s's mean and std, which the actor keeps."""
+    s = edm.split(real.rows, real.obs_dim)[0]
+    std = s.std(0, unbiased=False)
+    actor.obs_mean.copy_(s.mean(0))
+    actor.obs_std.copy_(torch.where(std < 1e-6, 1.0, std + 1e-3))  # constants may vary elsewhere
+    s, _, _, next_s, _ = edm.split(rows, real.obs_dim)
+    s.sub_(actor.obs_mean).div_(actor.obs_std)
+    next_s.sub_(actor.obs_mean).div_(actor.obs_std)
+
+
+def train(args, run, agent, rows, envs):
+    """Train the agent on rows. At 0 and after every --eval-every updates: log, evaluate, save.
+    Gives the evaluations, a list of (updates, returns)."""
+    evaluations = []
+    first = 0
+    loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
+    parts = {"agent": agent} | agent.optimizers
+    rng = torch.cuda if args.device == "cuda" else torch
+    if run.saved["stage"] == "agent":
+        for name, part in parts.items():
+            part.load_state_dict(run.saved[name])
+        evaluations = run.saved["evaluations"]
+        first = run.saved["update"] + 1
+        loss_sums.copy_(run.saved["loss_sums"])
+        rng.set_rng_state(run.saved["rng"].cpu())
+    update = make_update(args, agent, rows, loss_sums)
+    clock = time.time()
+    bar = edm.Bar(range(first, args.updates + 1), "agent", initial=first, total=args.updates + 1)
+    for number in bar:
+        if number > 0:
+            update(number)
+        is_boundary = number % args.eval_every == 0 or number == args.updates
+        if is_boundary and number > 0:
+            count = number % args.eval_every or args.eval_every
+            rate = count / (time.time() - clock)
+            means = (loss_sums / count).tolist()
+            if not math.isfinite(sum(means)):
+                raise edm.RunError(f"a loss became NaN or Inf before update {number}")
+            values = {f"train/{name}": mean for name, mean in zip(agent.LOSSES, means)}
+            run.log(number, values | {"perf/updates_per_sec": rate})
+            loss_sums.zero_()
+        if is_boundary and envs:
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
+            returns = evaluate(actor.act, envs, args.seed)
+            evaluations.append((number, returns.tolist()))
+            values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
+            values["eval/normalized_score"] = normalized_score(args.env, returns.mean())
+            run.log(number, values | {"perf/seconds": time.time() - run.start_time})
+            bar.set_postfix(return_mean=f"{returns.mean():.1f}", refresh=False)
+        if is_boundary or bar.stop:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= dict(stage="agent", update=number, evaluations=evaluations)
+            run.save(state | dict(loss_sums=loss_sums, rng=rng.get_rng_state()))
+        if is_boundary:
+            clock = time.time()
+    return evaluations
+
+
+def write_results(args, run, evaluations):
+    """Write final_returns.npz and learning_curve.png."""
+    updates = np.array([number for number, _ in evaluations])
+    returns = np.array([returns for _, returns in evaluations])  # [evaluations, episodes]
+    scores = normalized_score(args.env, returns)
+    arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
+    arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # unifloral's names
+    edm.save_npz(run.folder / "final_returns.npz", arrays)
+    has_score = np.isfinite(scores).all()
+    values = scores if has_score else returns
+    label = "normalised score" if has_score else "return"
+    print(f"{label} {values[-1].mean():.1f} +- {values[-1].std():.1f}")
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
+    ax.errorbar(updates, values.mean(1), values.std(1), capsize=2)
+    ax.set(xlabel="updates", ylabel=label, title=run.folder.name)
+    edm.save_atomically(run.folder / "learning_curve.png", fig.savefig)
+
+
+def fill_args(args):
+    """Fill the arguments that are None from DEFAULTS. RunError for what cannot be."""
+    for pattern, values in DEFAULTS.items():
+        if re.match(pattern, args.env):
+            edm.fill(args, values)
     edm.check_args(args)
-    edm.join_processes(args.device)  # under torchrun all but the first stay here
-    if args.env.endswith((".hdf5", ".h5", ".npz")) or (args.env == "quickstart" and args.dataset_path):
-        raise edm.RunError("--dataset-path names a file, --env the environment to evaluate in, such as Walker2d-v4")
+    suffix = Path(args.env).suffix
+    if suffix in (".hdf5", ".h5", ".npz") or (args.env == "quickstart" and args.dataset_path):
+        raise edm.RunError("--dataset-path names a file, --env where to evaluate, as Walker2d-v4")
     if args.data == "real" and args.synthetic_path:
         raise edm.RunError("--synthetic-path has no use with --data real")
-    envs = [make_env(args.env) for _ in range(args.eval_episodes)]  # without any, sizes and bound are the data's
-    env_id, horizon = (envs[0].spec.id, envs[0].spec.max_episode_steps) if envs else (args.env, 1_000)
-    sizes = envs[0].observation_space.shape + envs[0].action_space.shape if envs else None
-    data = edm.load_transitions(args.dataset_path or args.env, args.true_next_obs, horizon, sizes)
-    obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
-    max_action = float(envs[0].action_space.high[0] if envs else np.abs(data["actions"]).max())
-    if np.abs(data["actions"]).max() > max_action:
-        print(f"the data have actions beyond +-{max_action}, the bound of {env_id}", file=sys.stderr)
-    real, data = edm.pack(**data), None  # gives memory back
-    starts = edm.episode_starts(real, obs_dim)
-    if args.subsample:
-        count = round(args.subsample * len(real) if args.subsample <= 1 else args.subsample)
-        if not 2 <= count <= len(real):
-            raise edm.RunError(f"--subsample {args.subsample} asks for {count} transitions, not 2 to {len(real)}")
-        chosen = np.random.default_rng(args.diffusion_seed).choice(len(real), count, replace=False)
-        real, starts = real[chosen], starts[chosen]
+
+
+def main(args):
+    """Real transitions -> diffusion model -> generated transitions -> agent -> scores."""
+    fill_args(args)
+    edm.join_processes(args.device)  # under torchrun, only the first returns
+    envs = [make_env(args.env) for _ in range(args.eval_episodes)]
+    real = load_real(args, envs)
     if args.data == "mixed":
-        args.num_samples = len(real)  # whatever was asked for
-    edm.resolve(args, len(real), args.env)
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env}__{args.exp_name}__{args.seed}__{1000 * start_time:.0f}")
-    run_dir = Path(args.resume or Path(args.out_dir) / run_name)
-    synthetic_path = Path(args.synthetic_path or run_dir / "synthetic.npz")
-    rows = real if args.data == "real" else None
-    if rows is None and (args.synthetic_path or synthetic_path.exists()):
-        rows = edm.pack(**edm.load_transitions(synthetic_path, sizes=(obs_dim, act_dim)))[: args.num_samples]
-        if args.data == "mixed" and len(rows) < len(real):
-            raise edm.RunError(f"--data mixed needs {len(real)} generated rows, and {synthetic_path} has {len(rows)}")
-
-    # --- Run folder and log ---
-    if args.track:
-        import wandb
-
-        where = dict(project=args.wandb_project, entity=args.wandb_entity, id=run_dir.name, dir=args.out_dir)
-        try:
-            wandb.init(**where, config=vars(args), resume="allow")
-        except wandb.Error as error:
-            raise edm.RunError(f"--track: {error}") from None
-        wandb.define_metric("*", step_metric="step")
-    if not args.resume:
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    checkpoint = run_dir / "checkpoint.pt"
-    data_hash = hashlib.sha256(real.numpy()).hexdigest()
-    saved = edm.load_file(checkpoint, args.device) if checkpoint.exists() else dict(stage="", log_size=0, seconds=0)
-    if saved.get("data", data_hash) != data_hash:
-        raise edm.RunError(f"{checkpoint} is of other data than {args.dataset_path or args.env} has: start a new run")
-    start_time -= saved["seconds"]
-    print(f"{json.dumps(vars(args), indent=2)}\nrun folder: {run_dir}  (if stopped, go on with --resume {run_dir})")
-    edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {run_dir}")
-    metrics = open(run_dir / "metrics.csv", "a+", buffering=1)
-    metrics.truncate(saved["log_size"])  # what was logged after the checkpoint comes again
-    metrics.write("" if saved["log_size"] else "step,key,value\n")
-
-    def log(step, values):  # step: diffusion steps for diffusion/... and sampling, updates for all else
-        metrics.writelines(f"{step},{key},{float(value)}\n" for key, value in values.items())
-        if args.track:
-            with contextlib.suppress(Exception):  # a failure of the tracker does not end the run
-                wandb.log(values | {"step": step})
-
-    def save(state):
-        state |= dict(log_size=metrics.seek(0, 2), seconds=time.time() - start_time, data=data_hash)
-        edm.save_atomically(checkpoint, lambda f: torch.save(state, f))
-
-    # --- SynthER: train a diffusion model on the real transitions and generate new ones ---
-    if rows is None:
-        saving = dict(saved=saved, save=save, save_every=args.checkpoint_every)
-        model = edm.train_edm(real, args, starts=starts, raw_columns=[-1], device=args.device, log=log, **saving)
-        edm.save_edm(run_dir / "diffusion.pt", model)
-        sampling_time = time.time()
-        rows = edm.generate_transitions(model, real, args)
-        log(args.diffusion_steps, {"perf/samples_per_sec": len(rows) / (time.time() - sampling_time)})
-        edm.plot_marginals(run_dir / "marginals.png", real, rows, obs_dim, act_dim)
-        edm.save_atomically(synthetic_path, lambda f: np.savez(f, **edm.unpack(rows, obs_dim, act_dim)))
-    if args.data != "real" and saved["stage"] != "agent":
-        report = edm.quality_report(real, rows)
-        print("sample quality:", report, "" if report["marginal"] > 0.8 else "\nthe samples are not like the data")
-        log(args.diffusion_steps, {f"diffusion/{key}": value for key, value in report.items()})
-
-    # --- Rows for the agent, states normalised by the real data's statistics ---
-    if args.data == "mixed":
-        rows = torch.cat([real, rows])
-    print(f"the agent learns from {len(rows):,} transitions ({args.data}); the dataset has {len(real):,}")
-    obs_mean, obs_std = real[:, :obs_dim].mean(0), real[:, :obs_dim].std(0, unbiased=False) + 1e-3
-    obs_std[obs_std < 1.001e-3] = 1  # of constant columns, which may vary in the environment
-    for states in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):  # in place: with --data real, in `real` too
-        states.sub_(obs_mean).div_(obs_std)
-    if env_id.startswith("antmaze"):
-        rows[:, obs_dim + act_dim] -= 1  # -1 per step and 0 at the goal, as in CORL
-    rows = rows.to(args.device)
-
-    # --- Train and evaluate the agent ---
+        args.num_samples = len(real.rows)  # half of each
+    edm.resolve(args, len(real.rows), args.env)
+    synthetic = load_synthetic(args, real)
+    run = Run(args, real.rows.numpy())
+    rows = agent_rows(args, run, real, synthetic)
     torch.manual_seed(args.seed)
-    agent = TD3BC(obs_dim, act_dim, max_action, args)
-    batch = torch.empty(args.batch_size, rows.shape[1], device=args.device)  # at a fixed place, for CUDA graphs
-    losses, evaluations, start = torch.zeros(len(agent.LOSSES), device=args.device), [], 0
-    if saved["stage"] == "agent":
-        agent.load_state_dict(saved["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        losses.copy_(saved["losses"])
-        evaluations, start = saved["evaluations"], saved["update"] + 1
-        edm.generator(args.device).set_state(saved["rng"].cpu())
-
-    def critic_step():
-        batch.copy_(rows[torch.randint(len(rows), (args.batch_size,), device=args.device)])
-        augment_batch(batch, args.augment, obs_dim)
-        losses[0] += agent.update_critic(batch)
-
-    def actor_step():
-        losses[1] += args.policy_freq * agent.update_actor(batch)  # on the same batch; means are over critic updates
-
-    if args.device == "cuda":
-        critic_step, actor_step = edm.cuda_graph(critic_step), edm.cuda_graph(actor_step)
-
-    bar = edm.Bar(range(start, args.updates + 1), type(agent).__name__, initial=start, total=args.updates + 1)
-    clock = time.time()
-    for update in bar:
-        if update > 0:  # before the first, only an evaluation
-            critic_step()
-            if update % args.policy_freq == 0:
-                actor_step()
-        if update > 0 and (update % 1_000 == 0 or update == args.updates):
-            count = update % 1_000 or 1_000
-            means = (losses / count).tolist()  # the only wait in training
-            if not math.isfinite(sum(means)):
-                raise edm.RunError(f"a loss of the agent is no longer finite, in updates {update - count} to {update}")
-            values = {f"train/{name}": mean for name, mean in zip(agent.LOSSES, means)}
-            log(update, values | {"perf/updates_per_sec": count / (time.time() - clock)})
-            losses.zero_()
-            clock = time.time()
-        if args.eval_episodes and (update % args.eval_every == 0 or update == args.updates):
-            pause = time.time()
-            actor = copy.deepcopy(agent.actor).cpu()  # a few rows at a time are faster there
-            returns = evaluate(lambda obs: actor((obs - obs_mean) / obs_std), envs, args.seed)
-            evaluations.append((update, returns.tolist()))
-            values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-            values["eval/normalized_score"] = normalized_score(env_id, returns.mean())
-            log(update, values | {"perf/seconds": time.time() - start_time})
-            bar.set_postfix({key.removeprefix("eval/"): f"{value:.1f}" for key, value in values.items()}, refresh=False)
-            clock += time.time() - pause  # the rate is the training's
-        if update > 0 and (update % args.checkpoint_every == 0 or update == args.updates or bar.stop):
-            optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
-            state = dict(stage="agent", update=update, agent=agent.state_dict(), optimizers=optimizers, losses=losses)
-            state |= dict(evaluations=evaluations, obs_mean=obs_mean, obs_std=obs_std)  # the last two for users
-            save(state | dict(rng=edm.generator(args.device).get_state()))
-
-    # --- Results ---
+    agent = TD3BC(real.obs_dim, real.act_dim, real.max_action, args)
+    normalize_states(agent.actor, rows, real)
+    evaluations = train(args, run, agent, rows, envs)
     if evaluations:
-        updates, returns = (np.array(x) for x in zip(*evaluations))
-        scores = normalized_score(env_id, returns)
-        arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
-        arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # by unifloral's names
-        edm.save_atomically(run_dir / "final_returns.npz", lambda f: np.savez(f, **arrays))
-        values, label = (returns, "return") if np.isnan(scores).any() else (scores, "normalised score")
-        mean, std = values.mean(1), values.std(1)  # over the episodes of each evaluation
-        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
-        ax.fill_between(updates, mean - std, mean + std, alpha=0.25, linewidth=0)
-        ax.plot(updates, mean)
-        ax.set(xlabel="updates", ylabel=label, title=run_dir.name)
-        edm.save_atomically(run_dir / "learning_curve.png", lambda f: ax.figure.savefig(f, format="png", dpi=120))
-        text = "" if np.isnan(scores).any() else f"normalised score {scores[-1].mean():.1f} +- {scores[-1].std():.1f}, "
-        print(f"{text}return {returns[-1].mean():.0f} +- {returns[-1].std():.0f}")
-    print(f"done in {time.time() - start_time:.0f} s: {run_dir}")
+        write_results(args, run, evaluations)
+    print(f"done in {time.time() - run.start_time:.0f} s: {run.folder}")
 
 
 if __name__ == "__main__":

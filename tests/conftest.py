@@ -1,4 +1,4 @@
-"""Shared by all tests: the scripts are imported from the repository root, and everything runs on one thread."""
+"""Shared by all tests: the folders of imports, one thread, the signals' handlers, float64."""
 
 import os
 import signal
@@ -11,11 +11,12 @@ os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parent))  # pytest adds the folder above, but not this one
+sys.path.append(str(Path(__file__).parent / "paper"))
 
 import edm
 
+torch.set_num_threads(1)
 edm.plot_marginals.__defaults__ = (8,)  # panels: 48 take three seconds of every run
 
 
@@ -31,15 +32,12 @@ def own_signals():
 
 @pytest.fixture
 def float64():
-    """Double precision as the default type, so that two implementations can be compared closely."""
+    """Double precision by default, so that two implementations can be compared closely."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:.*Overriding environment")  # each script registers its mazes
-
-
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="signals to each script in test_stops.py (default: 1)")
+    text = "signals to each script in test_stops.py (default: 1)"
+    parser.addoption("--kills", type=int, default=1, help=text)

@@ -1,6 +1,7 @@
-"""What tests share: small datasets, plain critics, runs in this process, copies of a run in the middle, comparisons."""
+"""What tests share: small datasets, plain critics, runs in this process, comparisons."""
 
 import csv
+import itertools
 import runpy
 import shutil
 import sys
@@ -19,7 +20,7 @@ import edm
 
 
 def d4rl_rows(n, obs_dim=3, act_dim=2, seed=0):
-    """The arrays of a D4RL file. Every number differs from every other, so that mixed-up rows show."""
+    """The arrays of a D4RL file. All numbers differ, so that mixed-up rows show."""
     rng = np.random.default_rng(seed)
     return {
         "observations": rng.standard_normal((n, obs_dim)).astype(np.float32),
@@ -47,7 +48,8 @@ def collect_random(env, num_steps):
     """Transitions of uniformly random actions in an environment or Gymnasium id."""
     env = gym.make(env) if isinstance(env, str) else env
     env.action_space.seed(0)
-    steps, (obs, _) = [], env.reset(seed=0)
+    steps = []
+    obs, _ = env.reset(seed=0)
     for _ in range(num_steps):
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
@@ -62,20 +64,24 @@ def write(path, arrays):
         np.savez(path, **arrays)
     else:
         with h5py.File(path, "w") as f:
-            for key, x in arrays.items():
-                f[key] = x
+            f.update(arrays)
     return str(path)
 
 
 def make_minari(monkeypatch, folder, **options):
-    """A local Minari dataset test/two-v0 of two episodes, one terminated, one truncated. Returns its transitions."""
+    """A local Minari dataset test/two-v0 of two episodes, one terminated, one truncated. Returns
+    its transitions."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
-    rng, buffers, parts = np.random.default_rng(0), [], []
+    buffers = []
+    parts = []
     for i, n in enumerate([7, 5]):
-        obs, actions = rng.uniform(-1, 1, (n + 1, 3)).astype(np.float32), rng.uniform(-1, 1, (n, 1)).astype(np.float32)
-        rewards, last = rng.standard_normal(n), np.arange(n) == n - 1
-        buffers.append(EpisodeBuffer(i, None, None, obs, actions, rewards, last & (i == 0), last & (i == 1)))
-        parts.append((obs[:-1], actions, rewards, obs[1:], last & (i == 0)))
+        raw = d4rl_rows(n + 1, act_dim=1, seed=i)
+        obs = raw["observations"]
+        steps = (raw["actions"][:n], raw["rewards"][:n])
+        last = np.arange(n) == n - 1
+        ends = (last & (i == 0), last & (i == 1))  # terminated, truncated
+        buffers.append(EpisodeBuffer(i, None, None, obs, *steps, *ends))
+        parts.append((obs[:-1], *steps, obs[1:], ends[0]))
     with warnings.catch_warnings(action="ignore"):
         minari.create_dataset_from_buffers("test/two-v0", buffers, **options)
     return {key: np.concatenate(x) for key, x in zip(edm.KEYS, zip(*parts))}
@@ -88,15 +94,17 @@ def plain(ensemble):
         layers = []
         for weight, bias in zip(ensemble.weights, ensemble.biases):
             layers += [nn.Linear(*weight.shape[1:]), nn.ReLU()]
-            layers[-2].weight.data, layers[-2].bias.data = weight[k].T.detach().clone(), bias[k, 0].detach().clone()
+            layers[-2].load_state_dict(dict(weight=weight[k].T, bias=bias[k, 0]))
         nets.append(nn.Sequential(*layers[:-1]))
     return nets
 
 
 def command(monkeypatch, script, **options):
     """Run a script as from the shell, `python script.py --name value ...`, but in this process."""
-    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+    words = [script.__file__]
+    for key, value in options.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(script.__file__, run_name="__main__")
 
 
@@ -109,13 +117,13 @@ def run(script, out_dir, **options):
 
 
 def copy_before_writes(monkeypatch, target):
-    """From now on, before a file is replaced, its folder is copied to target/0, target/1, ...: what a kill leaves."""
-    original, count = edm.save_atomically, 0
+    """From now on, before a file is replaced, its folder is copied to target/0, target/1, ...:
+    what a kill leaves."""
+    original = edm.save_atomically
+    numbers = itertools.count()
 
     def save_atomically(path, write):
-        nonlocal count
-        shutil.copytree(Path(path).parent, target / str(count))
-        count += 1
+        shutil.copytree(Path(path).parent, target / str(next(numbers)))
         original(path, write)
 
     monkeypatch.setattr(edm, "save_atomically", save_atomically)

@@ -20,8 +20,16 @@ import synther_sac_online
 import synther_td3bc
 import synther_vd4rl
 
-DIFFUSION = dict(diffusion_steps=300, diffusion_width=16, diffusion_depth=1, num_samples=3_000, sample_batch_size=100)
-OFFLINE = dict(env="Pendulum-v1", updates=300, hidden_dim=16, batch_size=32, eval_every=100, eval_episodes=1)
+DIFFUSION = dict(
+    diffusion_steps=300,
+    diffusion_width=16,
+    diffusion_depth=1,
+    num_samples=3_000,
+    sample_batch_size=100,
+)
+OFFLINE = dict(
+    env="Pendulum-v1", updates=300, hidden_dim=16, batch_size=32, eval_every=100, eval_episodes=1
+)
 OPTIONS = {
     synther_td3bc: OFFLINE,
     synther_iql: OFFLINE,
@@ -36,7 +44,9 @@ OPTIONS = {
 def pytest_generate_tests(metafunc):
     if "kill" in metafunc.fixturenames:
         kills = range(metafunc.config.getoption("kills"))
-        metafunc.parametrize("script, kill", [(script, i) for script in OPTIONS for i in kills], scope="module")
+        metafunc.parametrize(
+            "script, kill", [(script, i) for script in OPTIONS for i in kills], scope="module"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +100,22 @@ def signalled(script, out_dir, options, number, seconds):
         (synther_sac_online, synther_sac_online.SAC, "update", 33, dict(step=83)),
     ],
 )
-def test_signal_saves_the_step_in_progress(tmp_path, monkeypatch, script, owner, name, call, progress, number):
+def test_signal_saves_the_step_in_progress(
+    tmp_path, monkeypatch, script, owner, name, call, progress, number
+):
     """It comes within a step, far from any regular checkpoint. The run ends after this step, and has saved it."""
-    options = OPTIONS[script] | DIFFUSION | dict(checkpoint_every=70, device="cpu", out_dir=str(tmp_path / "runs"))
+    options = (
+        OPTIONS[script]
+        | DIFFUSION
+        | dict(checkpoint_every=70, device="cpu", out_dir=str(tmp_path / "runs"))
+    )
     if script is synther_vd4rl:
         make_files(tmp_path / "vd4rl", np.array([8, 8, 8]))
         options |= dict(dataset_path=str(tmp_path / "vd4rl"))
     elif script is not synther_sac_online:
-        options |= dict(dataset_path=write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300)))
+        options |= dict(
+            dataset_path=write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300))
+        )
     original, calls = getattr(owner, name), []
 
     def signalling(*args, **kwargs):
@@ -123,7 +141,9 @@ def test_signalled_run_goes_on(tmp_path, monkeypatch, script, kill, whole):
     options, done, seconds = whole
     chance = random.Random(f"{script.__name__}{kill}")
     number = chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    folder, status, said = signalled(script, tmp_path / "runs", options, number, chance.uniform(0.1, 0.9) * seconds)
+    folder, status, said = signalled(
+        script, tmp_path / "runs", options, number, chance.uniform(0.1, 0.9) * seconds
+    )
     if status == 1:
         assert re.fullmatch(rf"stopped: go on with python \S+ --resume {folder}", said)
     else:
@@ -133,7 +153,9 @@ def test_signalled_run_goes_on(tmp_path, monkeypatch, script, kill, whole):
         saved = edm.load_file(folder / "checkpoint.pt")
         rows, timeouts = saved["replay"], saved["timeouts"]
         assert saved["step"] == len(rows) == 300 and len(saved["evaluations"]) == 4
-        assert ((rows[:-1, 5:8] == rows[1:, :3]).all(1) | timeouts[:-1]).all() and timeouts.sum() <= 3
+        assert (
+            (rows[:-1, 5:8] == rows[1:, :3]).all(1) | timeouts[:-1]
+        ).all() and timeouts.sum() <= 3
         return
     assert {path.name for path in folder.iterdir()} == {path.name for path in done.iterdir()}
     for path in (path for path in done.iterdir() if path.suffix == ".pt"):
@@ -141,5 +163,8 @@ def test_signalled_run_goes_on(tmp_path, monkeypatch, script, kill, whole):
         for state in states if path.name == "checkpoint.pt" else ():
             del state["seconds"], state["log_size"]
         assert_same_state(*states, path.name)
-    logs = ({key: x for key, x in read_metrics(f).items() if "perf/" not in key[1]} for f in (folder, done))
+    logs = (
+        {key: x for key, x in read_metrics(f).items() if "perf/" not in key[1]}
+        for f in (folder, done)
+    )
     np.testing.assert_equal(*logs)

@@ -41,11 +41,18 @@ else:  # as if stopped at once
 
 
 def test_bad_input_ends_a_study_with_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["small_data.py", "--out", str(tmp_path), "--data", "moon", "--seeds", "0"])
+    monkeypatch.setattr(
+        sys, "argv", ["small_data.py", "--out", str(tmp_path), "--data", "moon", "--seeds", "0"]
+    )
     with pytest.raises(SystemExit) as stop:
         runs.launch(small_data.main, small_data.Args, "")
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.startswith("error: moon is none of") and err.count("\n") == 1 and not out
+    assert (
+        stop.value.code == 2
+        and err.startswith("error: moon is none of")
+        and err.count("\n") == 1
+        and not out
+    )
 
 
 def test_run_is_made_once_and_goes_on(tmp_path):
@@ -94,7 +101,10 @@ def test_results_outlive_their_runs(tmp_path):
 
 
 STUDIES = [(variations, dict(study=study)) for study in variations.STUDIES]
-STUDIES += [(small_data, dict(methods=tuple(small_data.METHODS), agents=("td3bc", "iql"))), (table13, {})]
+STUDIES += [
+    (small_data, dict(methods=tuple(small_data.METHODS), agents=("td3bc", "iql"))),
+    (table13, {}),
+]
 STUDIES += [(figure6, dict(methods=tuple(figure6.METHODS), tasks=("dmc/cheetah-run",)))]
 
 
@@ -106,7 +116,9 @@ def test_scripts_understand_every_run_of_a_study(tmp_path, monkeypatch, study, o
     def check(path, name, script, source=None, takes=None, **options):
         names.append(name)
         for script, own in [(script, options)] + ([source[1:]] if source else []):
-            parsed = tyro.cli(importlib.import_module(Path(script).stem).Args, args=runs.words_of(own))
+            parsed = tyro.cli(
+                importlib.import_module(Path(script).stem).Args, args=runs.words_of(own)
+            )
             assert {key: getattr(parsed, key) for key in own} == own
 
     monkeypatch.setattr(study, "result", check)
@@ -125,9 +137,16 @@ def test_our_own_results_are_shown_without_a_run(tmp_path, monkeypatch, capsys):
     table13.main(table13.Args(out))
     variations.main(variations.Args("table3", out))
     figure6.main(figure6.Args(out, tasks=("Hopper-v4",), methods=("sac",)))
-    small_data.main(small_data.Args(out, data=("hopper",), sizes=(5_000,), seeds=1))  # without the hopper.hdf5
+    small_data.main(
+        small_data.Args(out, data=("hopper",), sizes=(5_000,), seeds=1)
+    )  # without the hopper.hdf5
     shown = capsys.readouterr().out
-    lines = ("| critic | 7.9 (1) | 6.3 (1) |", "| 14.2 (1) |", "| 239 ± 15 (3) |", "| 28.7 ± 14.1 (5) |")
+    lines = (
+        "| critic | 7.9 (1) | 6.3 (1) |",
+        "| 14.2 (1) |",
+        "| 239 ± 15 (3) |",
+        "| 28.7 ± 14.1 (5) |",
+    )
     assert all(line in shown for line in lines)
     assert before == {path: path.read_text() for path in before}
 
@@ -138,7 +157,9 @@ def test_pairs_of_figure7(tmp_path):
                for env in "ab" for data in ("real", "synther") for seed in range(3 if env == "a" else 2)]  # fmt: skip
     entries += [dict(env="c", data="real", seed=0, values=dict(score=0))]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    args = figure7.Args(paths=(tmp_path / "x.jsonl",), new=("data=synther",), old=("data=real",), seeds=2)
+    args = figure7.Args(
+        paths=(tmp_path / "x.jsonl",), new=("data=synther",), old=("data=real",), seeds=2
+    )
     new, old = figure7.paired_scores(args)
     assert new.tolist() == [[1, 1], [11, 11]] and old.tolist() == [[0, 0], [10, 10]]
     args.old = ("env=a",)
@@ -179,5 +200,7 @@ def test_copula_and_independent_columns():
     copula, independent = table1.copula(rows, 4_000), table1.independent(rows, 4_000)
     for samples in (copula, independent):
         assert edm.marginal(rows, samples) > 0.98 and (samples[:, 2] == 0).all()
-    rho, rho_copula, rho_independent = (spearmanr(x[:, 0], x[:, 1])[0] for x in (rows, copula, independent))
+    rho, rho_copula, rho_independent = (
+        spearmanr(x[:, 0], x[:, 1])[0] for x in (rows, copula, independent)
+    )
     assert rho > 0.8 and rho_copula == pytest.approx(rho, abs=0.02) and abs(rho_independent) < 0.06

@@ -1,26 +1,23 @@
-"""Tests of synther_edac.py: the agent and its table. test_siblings.py has what the offline scripts share."""
+"""Tests of synther_edac.py: the agent, its table. test_siblings.py has what scripts share."""
 
 import copy
-import re
+import itertools
 
 import pytest
 import torch
 
-import edm
 import synther_edac
 from synther_edac import EDAC, Args
 
 
 def filled(**options):
     args = Args(device="cpu", **options)
-    for pattern, values in synther_edac.DEFAULTS.items():
-        if re.match(pattern, args.env):
-            edm.fill(args, values)
+    synther_edac.fill_args(args)
     return args
 
 
 def q(critic, s, a):
-    """The Q-values [batch, num_critics], one critic after the other."""
+    """The Q-values [batch, num_q], one critic after the other."""
     hidden = [torch.cat([s, a], 1)] * len(critic.weights[0])
     for i, layer in enumerate(zip(critic.weights, critic.biases)):
         hidden = [(h.relu() if i else h) @ weight + bias for h, weight, bias in zip(hidden, *layer)]
@@ -29,21 +26,25 @@ def q(critic, s, a):
 
 def diversity(critic, s, a):
     """ES of An et al. 2021, Equation 4, pair by pair, by autograd."""
-    directions, a = [], a.clone().requires_grad_()
+    directions = []
+    a = a.clone().requires_grad_()
     for q_i in q(critic, s, a).unbind(1):
         (g,) = torch.autograd.grad(q_i.sum(), a, create_graph=True)
         directions.append(g / (g.norm(dim=1, keepdim=True) + 1e-10))
-    pairs = [(x * y).sum(1) for i, x in enumerate(directions) for j, y in enumerate(directions) if i != j]
-    return sum(pairs).mean() / (len(directions) - 1)
+    pairs = itertools.permutations(directions, 2)
+    return sum((x * y).sum(1) for x, y in pairs).mean() / (len(directions) - 1)
 
 
-@pytest.mark.parametrize("num_critics, eta, hidden_layers", [(4, 1.0, 3), (10, 5.0, 2), (3, 0.0, 1)])
-def test_edac_equals_a_plain_implementation(float64, num_critics, eta, hidden_layers):
+@pytest.mark.parametrize("num_q, eta, hidden_layers", [(4, 1.0, 3), (10, 5.0, 2), (3, 0.0, 1)])
+def test_edac_equals_a_plain_implementation(float64, num_q, eta, hidden_layers):
     """50 updates. That every loss is the same shows that all parameters are."""
     torch.manual_seed(0)
-    agent = EDAC(3, 2, 1.5, filled(hidden_dim=16, hidden_layers=hidden_layers, num_critics=num_critics, eta=eta))
+    sizes = dict(hidden_dim=16, hidden_layers=hidden_layers, num_q=num_q)
+    agent = EDAC(3, 2, 1.5, filled(eta=eta, **sizes))
     agent.actor.log_std.bias.data[:] = torch.tensor([-5.0, 2.0])  # the limits
-    actor, critic, target = (copy.deepcopy(part) for part in (agent.actor, agent.critic, agent.critic))
+    actor = copy.deepcopy(agent.actor)
+    critic = copy.deepcopy(agent.critic)
+    target = copy.deepcopy(agent.critic)
     log_alpha = torch.zeros(1, requires_grad=True)
     params = dict(alpha=[log_alpha], actor=actor.parameters(), critic=critic.parameters())
     optimizers = {name: torch.optim.Adam(p, 1e-3) for name, p in params.items()}
@@ -52,7 +53,8 @@ def test_edac_equals_a_plain_implementation(float64, num_critics, eta, hidden_la
         h = actor.net(s)
         normal = torch.distributions.Normal(actor.mean(h), actor.log_std(h).clamp(-5, 2).exp())
         raw = normal.mean + normal.stddev * torch.randn_like(normal.mean)
-        return 1.5 * raw.tanh(), (normal.log_prob(raw) - (1 - raw.tanh() ** 2 + 1e-6).log()).sum(1, keepdim=True)
+        log_density = normal.log_prob(raw) - (1 - raw.tanh() ** 2 + 1e-6).log()
+        return 1.5 * raw.tanh(), log_density.sum(1, keepdim=True)
 
     def step(name, loss):
         optimizers[name].zero_grad()
@@ -60,7 +62,7 @@ def test_edac_equals_a_plain_implementation(float64, num_critics, eta, hidden_la
         optimizers[name].step()
 
     for i in range(50):
-        batch = torch.cat([torch.randn(32, 9), (torch.rand(32, 1) > 0.8).double()], 1)
+        batch = torch.cat([torch.randn(32, 9), 1.0 * (torch.rand(32, 1) > 0.8)], 1)
         s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
         torch.manual_seed(i)
         losses = agent.update(batch)
@@ -71,40 +73,48 @@ def test_edac_equals_a_plain_implementation(float64, num_critics, eta, hidden_la
         actor_loss = (alpha * log_density - q(critic, s, policy_a).amin(1, keepdim=True)).mean()
         step("actor", actor_loss)
         a_next, log_next = act(s_next)
-        y = (r + 0.99 * (1 - d) * (q(target, s_next, a_next).amin(1, keepdim=True) - alpha * log_next)).detach()
-        critic_loss, es = ((q(critic, s, a) - y) ** 2).mean(0).sum(), diversity(critic, s, a)
+        q_next = q(target, s_next, a_next).amin(1, keepdim=True) - alpha * log_next
+        y = (r + 0.99 * (1 - d) * q_next).detach()
+        critic_loss = ((q(critic, s, a) - y) ** 2).mean(0).sum()
+        es = diversity(critic, s, a)
         step("critic", critic_loss + eta * es)
         for p, t in zip(critic.parameters(), target.parameters()):
             t.data.copy_(0.005 * p.data + 0.995 * t.data)
-        torch.testing.assert_close(losses, torch.stack([critic_loss, es, actor_loss, alpha[0]]), rtol=1e-8, atol=1e-10)
+        expected = torch.stack([critic_loss, es, actor_loss, alpha[0]])
+        torch.testing.assert_close(losses, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_a_critic_that_ignores_the_action(float64):
+def test_critic_that_ignores_the_action_gives_no_nan(float64):
     """A gradient of length 0 has no direction. It must not make the others' NaN."""
-    agent = EDAC(3, 2, 1.0, filled(hidden_dim=8, num_critics=3))
+    agent = EDAC(3, 2, 1.0, filled(hidden_dim=8, num_q=3))
     agent.critic.weights[-1].data[0] = 0
-    assert all(agent.update(torch.randn(16, 10)).isfinite().all() for _ in range(2))
+    for _ in range(2):
+        assert agent.update(torch.randn(16, 10)).isfinite().all()
 
 
-def test_initial_weights():
-    """CORL's. The critics' hidden weights lie within 1 / sqrt(outputs)."""
+def test_initial_weights_are_corls():
+    """The critics' first weights lie within 1 / sqrt(outputs)."""
     agent = EDAC(17, 6, 1.0, filled(env="walker2d-medium-v2"))
-    actor, weights, biases = agent.actor, agent.critic.weights, agent.critic.biases
-    limits = [(actor.mean.weight, 1e-3), (actor.log_std.weight, 1e-3), (weights[0], 1 / 16), (weights[-1], 3e-3)]
-    assert all(0.9 * limit < x.abs().max() <= limit for x, limit in limits) and biases[-1].abs().max() <= 3e-3
-    assert all((bias == 0.1).all() for bias in (*(layer.bias for layer in actor.net[::2]), *biases[:-1]))
+    heads = (agent.actor.mean.weight, agent.actor.log_std.weight)
+    weights = (agent.critic.weights[0], agent.critic.weights[-1])
+    for x, limit in zip((*heads, *weights), (1e-3, 1e-3, 1 / 16, 3e-3)):
+        assert 0.9 * limit < x.abs().max() <= limit
+    assert agent.critic.biases[-1].abs().max() <= 3e-3
+    for bias in (*(layer.bias for layer in agent.actor.net[::2]), *agent.critic.biases[:-1]):
+        assert (bias == 0.1).all()
 
 
 @pytest.mark.parametrize(
-    "names, num_critics, eta",
+    "names, num_q, eta",
     [
-        ("halfcheetah-medium-v2 halfcheetah-medium-replay-v2 walker2d-medium-v2 walker2d-mixed-v2", 10, 1.0),
+        ("halfcheetah-medium-v2 walker2d-medium-replay-v2 walker2d-mixed-v2", 10, 1.0),
         ("halfcheetah-medium-expert-v2 walker2d-medium-expert-v2", 10, 5.0),
         ("hopper-medium-v2 hopper-medium-replay-v2 hopper-medium-expert-v2", 50, 1.0),
         ("maze2d-umaze-v1 maze2d-large-v1", 10, 0.1),
     ],
 )
-def test_table_is_the_papers(names, num_critics, eta):
-    for args in (filled(env=name) for name in names.split()):
-        assert (args.num_critics, args.eta, args.updates, args.eval_every) == (num_critics, eta, 3_000_000, 5_000)
-        assert (args.hidden_layers, args.hidden_dim, args.batch_size, args.learning_rate) == (3, 256, 256, 3e-4)
+def test_hyperparameters_are_the_papers(names, num_q, eta):
+    for name in names.split():
+        args = filled(env=name)
+        assert (args.num_q, args.eta, args.updates) == (num_q, eta, 3_000_000)
+        assert (args.hidden_layers, args.hidden_dim, args.learning_rate) == (3, 256, 3e-4)

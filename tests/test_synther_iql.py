@@ -1,7 +1,6 @@
-"""Tests of synther_iql.py: the agent, its table, its rewards. test_siblings.py has what the offline scripts share."""
+"""Tests of synther_iql.py: agent, table, rewards. test_siblings.py has what scripts share."""
 
 import copy
-import re
 
 import numpy as np
 import pytest
@@ -16,9 +15,7 @@ from synther_iql import IQL, Args
 
 def filled(**options):
     args = Args(device="cpu", **options)
-    for pattern, values in synther_iql.DEFAULTS.items():
-        if re.match(pattern, args.env):
-            edm.fill(args, values)
+    synther_iql.fill_args(args)
     return args
 
 
@@ -28,14 +25,18 @@ def test_iql_equals_a_plain_implementation(float64, deterministic):
     torch.manual_seed(0)
     values = dict(expectile=0.8, beta=2.0, tau=0.01, learning_rate=1e-3, hidden_dim=16, updates=100)
     agent = IQL(3, 2, 1.5, filled(deterministic=deterministic, **values))
-    mean, critics, value = copy.deepcopy(agent.actor.net), plain(agent.critic), plain(agent.value)[0]
-    targets, log_std = copy.deepcopy(critics), copy.deepcopy(agent.actor.log_std)
-    params = value.parameters(), critics.parameters(), [*mean.parameters(), *([] if deterministic else [log_std])]
+    mean = copy.deepcopy(agent.actor.net)
+    log_std = copy.deepcopy(agent.actor.log_std)
+    critics = plain(agent.critic)
+    value = plain(agent.value)[0]
+    targets = copy.deepcopy(critics)
+    actor_params = [*mean.parameters()] + ([] if deterministic else [log_std])
+    params = [value.parameters(), critics.parameters(), actor_params]
     optimizers = [torch.optim.Adam(p, 1e-3) for p in params]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[2], 100)
     for i in range(100):
-        batch = torch.cat([torch.randn(32, 9), (torch.rand(32, 1) > 0.8).double()], 1)
-        agent.anneal(i)
+        batch = torch.cat([torch.randn(32, 9), 1.0 * (torch.rand(32, 1) > 0.8)], 1)
+        agent.anneal(i + 1)
         losses = agent.update(batch)
         s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
         x = torch.cat([s, a], 1)
@@ -54,46 +55,65 @@ def test_iql_equals_a_plain_implementation(float64, deterministic):
         schedule.step()
         for p, t in zip(critics.parameters(), targets.parameters()):
             t.data.copy_(0.01 * p.data + 0.99 * t.data)
-        torch.testing.assert_close(losses, torch.stack([q_loss, v_loss, actor_loss]), rtol=1e-9, atol=0)
+        expected = torch.stack([q_loss, v_loss, actor_loss])
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
     assert isinstance(mean[-1], nn.Tanh) == deterministic
 
 
-def test_limits():
-    """The weight of an advantage is at most 100, a standard deviation e^2, and an action of the mean the bound."""
-    agent, batch = IQL(3, 2, 1.5, filled(beta=1e3, updates=1)), torch.zeros(64, 10)
-    for parameter, value in ((agent.value.biases[-1], -10), (agent.actor.log_std, 50), (agent.actor.net[-1].bias, 100)):
-        parameter.data.fill_(value)  # a value of -10: every advantage is large
+def test_weight_std_and_action_are_bounded():
+    """An advantage's weight by 100, a standard deviation by e^2, a mean action by max_action."""
+    agent = IQL(3, 2, 1.5, filled(beta=1e3, updates=1))
+    nn.init.constant_(agent.value.biases[-1], -10)  # every advantage is large
+    nn.init.constant_(agent.actor.log_std, 50)
+    nn.init.constant_(agent.actor.net[-1].bias, 100)
     policy = torch.distributions.Normal(1.5 * agent.actor.net(torch.zeros(3)).detach(), np.exp(2))
-    torch.testing.assert_close(agent.update(batch)[2], -100 * policy.log_prob(torch.zeros(2)).sum())
-    assert (agent.actor(batch[:, :3]) == 1.5).all()
+    expected = -100 * policy.log_prob(torch.zeros(2)).sum()
+    torch.testing.assert_close(agent.update(torch.zeros(64, 10))[2], expected)
+    assert (agent.actor.act(torch.zeros(64, 3)) == 1.5).all()
 
 
 @pytest.mark.parametrize(
-    "names, row",  # tau, expectile, beta, deterministic, normalize_reward, episodes per evaluation
+    "names, row",  # tau, expectile, beta, deterministic, normalize_reward
     [
-        ("walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-random-v2", (0.005, 0.7, 3, False, False, 10)),
-        ("hopper-medium-v2 hopper-medium-replay-v2 hopper-mixed-v2", (0.001, 0.7, 3, True, True, 10)),
-        ("hopper-medium-expert-v2", (0.005, 0.5, 6, False, False, 10)),
-        ("maze2d-umaze-v1 maze2d-large-v1", (0.005, 0.7, 3, False, False, 100)),
+        (
+            "walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-random-v2",
+            (0.005, 0.7, 3, False, False),
+        ),
+        ("hopper-medium-v2 hopper-medium-replay-v2 hopper-mixed-v2", (0.001, 0.7, 3, True, True)),
+        ("hopper-medium-expert-v2", (0.005, 0.5, 6, False, False)),
+        ("maze2d-umaze-v1 maze2d-large-v1", (0.005, 0.7, 3, False, False)),
     ],
 )
-def test_table_is_the_papers(names, row):
-    for args in (filled(env=name) for name in names.split()):
-        named = (args.tau, args.expectile, args.beta, args.deterministic, args.normalize_reward, args.eval_episodes)
-        assert named == row and (args.updates, args.num_samples) == (1_000_000, 5_000_000)
+def test_hyperparameters_are_the_papers(names, row):
+    for name in names.split():
+        args = filled(env=name)
+        assert (args.tau, args.expectile, args.beta) == row[:3]
+        assert (args.deterministic, args.normalize_reward) == row[3:]
+        assert args.updates == 1_000_000
+        assert args.eval_episodes == (100 if name.startswith("maze2d") else 10)
 
 
-@pytest.mark.parametrize("env, dims, scale", [("Hopper-v4", (11, 3), 1000 / 6), ("maze2d-umaze-v1", (4, 2), 1)])
-def test_rewards_and_learning_rates(tmp_path, monkeypatch, env, dims, scale):
-    """Rewards by the whole dataset's episodes, of returns 2, 8 and 4, and not the subsample's. Mazes are left alone."""
-    seen, lr = [], lambda agent: agent.optimizers["actor"].param_groups[0]["lr"].item()
-    monkeypatch.setattr(IQL, "update", lambda self, batch: seen.append((batch.clone(), lr(self))) or torch.zeros(3))
-    s, a, r, d = np.zeros((2_000, dims[0])), np.zeros((2_000, dims[1])), np.zeros(2_000), np.arange(2_000) < 2
-    r[[0, 1, 500, 900, 1999]] = 2, 8, 1, 3, 99  # two terminals, 1000 rows, and an episode that is not finished
-    np.savez(tmp_path / "x.npz", observations=s, actions=a, rewards=r, next_observations=s, terminals=d)
-    options = dict(dataset_path=str(tmp_path / "x.npz"), data="real", subsample=0.5, updates=8, eval_episodes=0)
-    synther_iql.main(Args(env=env, normalize_reward=True, out_dir=str(tmp_path / "runs"), device="cpu", **options))
-    batches, rates = zip(*seen)
-    rewards = torch.cat(batches)[:, sum(dims)].unique().numpy() / scale
-    np.testing.assert_allclose(rates, 1.5e-4 * (1 + np.cos(np.pi * np.arange(8) / 8)), rtol=1e-5)
+@pytest.mark.parametrize("env, scale", [("Hopper-v4", 1000 / 6), ("maze2d-umaze-v1", 1)])
+def test_rewards_are_scaled_by_the_returns_of_the_whole_dataset(tmp_path, monkeypatch, env, scale):
+    """Its episodes have returns 2, 8, 4. The subsample's would give another scale. Mazes' rewards
+    are left alone. The actor's learning rate falls to 0."""
+    seen = []
+    rates = []
+
+    def update(self, batch):
+        seen.append(batch.clone())
+        rates.append(self.optimizers["actor"].param_groups[0]["lr"].item())
+        return torch.zeros(3)
+
+    monkeypatch.setattr(IQL, "update", update)
+    r = np.zeros(2_000)
+    r[[0, 1, 500, 900, 1999]] = (2, 8, 1, 3, 99)  # the last episode is not finished
+    s = np.zeros((2_000, 2))
+    data = (s, s, r, s, np.arange(2_000) < 2)  # two terminals, 1000 rows, 998 rows
+    np.savez(tmp_path / "x.npz", **dict(zip(edm.KEYS, data)))
+    options = dict(dataset_path=str(tmp_path / "x.npz"), data="real", updates=8, eval_episodes=0)
+    options |= dict(subsample=0.5, batch_size=2_000, normalize_reward=True)
+    synther_iql.main(Args(env=env, device="cpu", out_dir=str(tmp_path), **options))
+    rewards = torch.cat(seen)[:, 4].unique().numpy() / scale
     assert len(rewards) > 1 and np.isin(rewards.round(4), (0, 1, 2, 3, 8, 99)).all()
+    np.testing.assert_allclose(rates, 1.5e-4 * (1 + np.cos(np.pi * np.arange(8) / 8)), rtol=1e-5)

@@ -84,10 +84,15 @@ def with_actions(space):
 
 
 gym.register("Integers-v0", lambda: with_actions(gym.spaces.Box(0, 3, (2,), int)))
-gym.register("Narrow-v0", lambda: with_actions(gym.spaces.Box(np.float32([-1, 1]), np.float32([1, 1]))))
+gym.register(
+    "Narrow-v0", lambda: with_actions(gym.spaces.Box(np.float32([-1, 1]), np.float32([1, 1])))
+)
 gym.register("Reusing-v0", Reusing, max_episode_steps=20, kwargs=dict(limit=1.1))
 gym.register("Broken-v0", Broken, max_episode_steps=20, kwargs=dict(limit=1.1))
-gym.register("Nested-v0", lambda: gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(Nested(1)), -1.0, 1.0))
+gym.register(
+    "Nested-v0",
+    lambda: gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(Nested(1)), -1.0, 1.0),
+)
 gym.register("Toy-v0", Toy, max_episode_steps=20, kwargs=dict(limit=1.1))
 gym.register("Loop-v0", Toy, max_episode_steps=20, kwargs=dict(limit=math.inf))
 gym.register("Edge-v0", Toy, max_episode_steps=1, kwargs=dict(limit=0))
@@ -111,16 +116,32 @@ def checkpoint(folder):
 
 # --- Arguments and environments ---------------------------------------------------------------------------------------
 
-PAPER = dict(batch_size=256, hidden_dim=256, learning_rate=3e-4, discount=0.99, tau=0.005, synther_ratio=0.5)
-SIZES = dict(diffusion_steps=100_000, diffusion_width=1024, diffusion_depth=6, diffusion_lr=3e-4, num_samples=1_000_000)
+PAPER = dict(
+    batch_size=256, hidden_dim=256, learning_rate=3e-4, discount=0.99, tau=0.005, synther_ratio=0.5
+)
+SIZES = dict(
+    diffusion_steps=100_000,
+    diffusion_width=1024,
+    diffusion_depth=6,
+    diffusion_lr=3e-4,
+    num_samples=1_000_000,
+)
 
 
 @pytest.mark.parametrize(
     "env, algo, expected",
     [
         ("HalfCheetah-v4", "sac", dict(utd=1, num_q=2, total_steps=100_000, learning_starts=5_000)),
-        ("Walker2d-v4", "redq", dict(utd=20, num_q=10, eval_every=1_000, eval_episodes=10, standardize_reward=True)),
-        ("Hopper-v4", "synther", SIZES | dict(utd=20, num_q=2, retrain_every=10_000, diffusion_batch_size=256)),
+        (
+            "Walker2d-v4",
+            "redq",
+            dict(utd=20, num_q=10, eval_every=1_000, eval_episodes=10, standardize_reward=True),
+        ),
+        (
+            "Hopper-v4",
+            "synther",
+            SIZES | dict(utd=20, num_q=2, retrain_every=10_000, diffusion_batch_size=256),
+        ),
         ("dmc/cheetah-run", "synther", SIZES | dict(total_steps=200_000, standardize_reward=False)),
         ("Pendulum-v1", "synther", dict(total_steps=2_000, diffusion_recipe="fast", utd=20)),
     ],
@@ -134,7 +155,8 @@ def test_values_of_the_paper(monkeypatch, env, algo, expected):
 
 
 @pytest.mark.parametrize(
-    "env_id, obs_dim, act_dim", [("dmc/cheetah-run", 17, 6), ("dmc/quadruped-walk", 78, 12), ("dmc/reacher-hard", 6, 2)]
+    "env_id, obs_dim, act_dim",
+    [("dmc/cheetah-run", 17, 6), ("dmc/quadruped-walk", 78, 12), ("dmc/reacher-hard", 6, 2)],
 )
 def test_dmc_equals_the_suite(env_id, obs_dim, act_dim):
     """Observations in dm_control's order, its rewards, seeded resets, 1000 steps and then a time limit."""
@@ -147,7 +169,9 @@ def test_dmc_equals_the_suite(env_id, obs_dim, act_dim):
     rng = np.random.default_rng(0)
     for t in range(1_000):
         if t in (0, 1, 500, 999):
-            np.testing.assert_array_equal(obs, np.hstack([*map(np.ravel, expected.observation.values())]).astype("f"))
+            np.testing.assert_array_equal(
+                obs, np.hstack([*map(np.ravel, expected.observation.values())]).astype("f")
+            )
         action = rng.uniform(env.action_space.low, env.action_space.high)
         obs, reward, terminated, truncated, _ = env.step(action)
         expected = dm_env.step(action)
@@ -162,7 +186,9 @@ def test_dmc_ends_an_episode_whose_simulation_fails(monkeypatch):
     env.reset(seed=2**32)  # more than dm_control can take
     action = np.zeros(2, np.float32)
     expected = env.step(action)[0]
-    monkeypatch.setattr(env.unwrapped.dm_env, "step", lambda action: exec("raise error", {"error": PhysicsError()}))
+    monkeypatch.setattr(
+        env.unwrapped.dm_env, "step", lambda action: exec("raise error", {"error": PhysicsError()})
+    )
     obs, reward, terminated, truncated, _ = env.step(action)
     assert (obs == expected).all() and (reward, terminated, truncated) == (0, False, True)
 
@@ -197,10 +223,14 @@ def test_density_of_the_policy(float64):
     actions, log_density = actor.sample(obs)
     mean, std = actor.mean(actor.net(obs)), actor.log_std(actor.net(obs)).exp()
     squash = torch.distributions.TanhTransform()
-    expected = torch.distributions.TransformedDistribution(torch.distributions.Normal(mean, std), squash)
+    expected = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, std), squash
+    )
     away = actions.abs().amax(1) < 0.99  # near the bounds the 1e-6 in the density shows
     assert away.sum() > 300
-    torch.testing.assert_close(log_density[away], expected.log_prob(actions).sum(1)[away], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        log_density[away], expected.log_prob(actions).sum(1)[away], atol=1e-3, rtol=1e-3
+    )
     assert ((actions.atanh() - mean) / std).std() == pytest.approx(1, abs=0.1)
     torch.testing.assert_close(actor(obs), mean.tanh())
 
@@ -213,7 +243,10 @@ def test_initial_weights():
             assert (parameter == 0).all()
         else:
             bound = math.sqrt(6 / sum(parameter.shape[-2:]))
-            assert 0.9 * bound < parameter.abs().max() <= bound and parameter.mean().abs() < 0.1 * bound
+            assert (
+                0.9 * bound < parameter.abs().max() <= bound
+                and parameter.mean().abs() < 0.1 * bound
+            )
     assert_same_state(agent.critic.state_dict(), agent.critic_target.state_dict())
     assert [make_agent(target_entropy=x).target_entropy for x in (None, -1.5)] == [-2, -1.5]
 
@@ -235,7 +268,9 @@ def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
         h = actor.net(s)
         normal = torch.distributions.Normal(actor.mean(h), actor.log_std(h).clamp(-20, 2).exp())
         raw = normal.mean + normal.stddev * torch.randn_like(normal.mean)
-        return raw.tanh(), (normal.log_prob(raw) - (1 - raw.tanh() ** 2 + 1e-6).log()).sum(1, keepdim=True)
+        return raw.tanh(), (normal.log_prob(raw) - (1 - raw.tanh() ** 2 + 1e-6).log()).sum(
+            1, keepdim=True
+        )
 
     for i in range(100):
         batch = torch.randn(32, 10)
@@ -255,10 +290,14 @@ def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
         if i % utd == utd - 1:
             pi, log_prob = act(s)
             actor_loss = (alpha * log_prob - q(critic, s, pi).mean(1, keepdim=True)).mean()
-            alpha_loss = -(log_alpha * (log_prob + (-2 if entropy is None else entropy)).detach()).mean()
+            alpha_loss = -(
+                log_alpha * (log_prob + (-2 if entropy is None else entropy)).detach()
+            ).mean()
             grads["actor"] = torch.autograd.grad(actor_loss, list(actor.parameters()))
             grads["alpha"] = torch.autograd.grad(alpha_loss, [log_alpha])
-        torch.testing.assert_close(losses, torch.stack([critic_loss, actor_loss]).detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            losses, torch.stack([critic_loss, actor_loss]).detach(), rtol=1e-9, atol=1e-9
+        )
         for name, gradient in grads.items():
             for parameter, grad in zip(optimizers[name].param_groups[0]["params"], gradient):
                 parameter.grad = grad
@@ -282,21 +321,27 @@ def test_mix_of_a_batch(batch_size, ratio, rows, num_synthetic):
     batches = online.sample_batches(replay, synthetic, 300, batch_size, ratio)
     assert batches.shape == (300, batch_size, 1) and not torch.equal(batches[0], batches[1])
     assert ((batches >= 1_000).sum(1) == num_synthetic).all()
-    assert len(batches.unique()) == (50 if num_synthetic < batch_size else 0) + (70 if num_synthetic else 0)
+    assert len(batches.unique()) == (50 if num_synthetic < batch_size else 0) + (
+        70 if num_synthetic else 0
+    )
 
 
 @pytest.mark.parametrize("terminal", [None, 2, 6])
 def test_saved_hdf5(tmp_path, terminal):
     """Actions in the environment's units; the last row ends an episode; s' only where it cannot be known otherwise."""
     rows, path = torch.rand(7, 8), tmp_path / "data.hdf5"
-    rows[:, 2:4] = torch.tensor([[-1, -1], [1, 1], [0, 0], [0.5, -0.5], [0, 1], [1, 0], [-0.5, 0.5]])
+    rows[:, 2:4] = torch.tensor(
+        [[-1, -1], [1, 1], [0, 0], [0.5, -0.5], [0, 1], [1, 0], [-0.5, 0.5]]
+    )
     rows[:, -1] = 0
     timeouts = torch.tensor([0, 0, 1, 0, 1, 0, 0]).bool()
     if terminal is not None:
         rows[terminal, -1] = 1
     online.save_dataset(path, online.make_env("Toy-v0"), rows, timeouts)
     expected = dict(observations=rows[:, :2], rewards=rows[:, 4], terminals=rows[:, -1] == 1)
-    expected["actions"] = torch.tensor([[-1, 0], [1, 4], [0, 2], [0.5, 1], [0, 4], [1, 2], [-0.5, 3]])
+    expected["actions"] = torch.tensor(
+        [[-1, 0], [1, 4], [0, 2], [0.5, 1], [0, 4], [1, 2], [-0.5, 3]]
+    )
     expected["timeouts"] = {None: [2, 4, 6], 2: [4, 6], 6: [2, 4]}[terminal]
     expected["timeouts"] = torch.isin(torch.arange(7), torch.tensor(expected["timeouts"]))
     expected["next_observations"] = rows[:, 5:7]
@@ -314,10 +359,14 @@ def test_saved_hdf5(tmp_path, terminal):
 def test_saved_actions_are_those_of_the_id(tmp_path):
     """Wrappers in the entry point belong to the environment: here they make one of the range 1 out of one of 2."""
     path = tmp_path / "data.hdf5"
-    folder = run(tmp_path / "runs", env="Nested-v0", algo="sac", eval_episodes=0, save_dataset=str(path))
+    folder = run(
+        tmp_path / "runs", env="Nested-v0", algo="sac", eval_episodes=0, save_dataset=str(path)
+    )
     with h5py.File(path) as f:
         np.testing.assert_allclose(f["actions"], checkpoint(folder)["replay"][:, 2:4], rtol=1e-6)
-        np.testing.assert_allclose(f["next_observations"], f["observations"] + 0.2 * f["actions"][:], atol=1e-6)
+        np.testing.assert_allclose(
+            f["next_observations"], f["observations"] + 0.2 * f["actions"][:], atol=1e-6
+        )
 
 
 def test_full_buffer_forgets_the_oldest(tmp_path, monkeypatch):
@@ -343,7 +392,9 @@ def test_replay_buffer_holds_what_happened(tmp_path, env):
     starts = [-1, *torch.nonzero(timeouts | (d[:, 0] == 1)).flatten().tolist()]
     assert max(np.diff(starts)) == 20 and (~timeouts | (torch.arange(300) >= 19)).all()
     assert torch.equal(s[1:] == s_next[:-1], ~(timeouts | (d[:, 0] == 1))[:-1, None].expand(-1, 2))
-    assert checkpoint(run(tmp_path / "edge", env="Edge-v0", algo="sac"))["replay"][:, -1].all()  # both at once
+    assert checkpoint(run(tmp_path / "edge", env="Edge-v0", algo="sac"))["replay"][
+        :, -1
+    ].all()  # both at once
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
@@ -356,7 +407,10 @@ def test_run_folder_and_log(tmp_path, capsys):
     files = "args.json checkpoint.pt diffusion.pt final_returns.npz learning_curve.png marginals.png metrics.csv"
     assert {path.name for path in folder.iterdir()} == {*files.split(), "synthetic.npz"}
     metrics, args = read_metrics(folder), json.loads((folder / "args.json").read_text())
-    assert {step for step, key in metrics if key == "diffusion/marginal"} == {60, 120}  # one model each
+    assert {step for step, key in metrics if key == "diffusion/marginal"} == {
+        60,
+        120,
+    }  # one model each
     assert {step for step, key in metrics if key == "eval/return_mean"} == {0, 50, 100, 130}
     assert {step for step, key in metrics if key == "train/critic_loss"} == {100, 130}
     assert {key for _, key in metrics} >= {
@@ -364,12 +418,20 @@ def test_run_folder_and_log(tmp_path, capsys):
         "eval/normalized_score", "perf/updates_per_sec", "perf/samples_per_sec", "perf/diffusion_seconds",
     }  # fmt: skip
     assert all(map(math.isfinite, metrics.values())) and capsys.readouterr().out.isascii()
-    assert (args["num_q"], args["standardize_reward"], args["exp_name"]) == (2, False, "synther_sac_online-synther")
+    assert (args["num_q"], args["standardize_reward"], args["exp_name"]) == (
+        2,
+        False,
+        "synther_sac_online-synther",
+    )
     with np.load(folder / "final_returns.npz") as final:
         assert final["steps"].tolist() == [0, 50, 100, 130]
         np.testing.assert_allclose(final["normalized_scores"], final["returns"] / 10)
     model = edm.load_edm(folder / "diffusion.pt")
-    assert len(model.mean) == 6 + 2 + 1 + 6 and (model.mean[8], model.std[8]) == (0, 1) and (model.std[:8] != 1).all()
+    assert (
+        len(model.mean) == 6 + 2 + 1 + 6
+        and (model.mean[8], model.std[8]) == (0, 1)
+        and (model.std[:8] != 1).all()
+    )
     assert not edm.load_transitions(folder / "synthetic.npz")["terminals"].any()
 
 
@@ -395,7 +457,10 @@ def test_updates_and_their_batches(tmp_path, monkeypatch):
     assert not synthetic[:30].any() and (synthetic[30:].sum(1) == 16).all()
     assert (batches[30:210][synthetic[30:210]][:, 0] == 1_060).all()
     assert (batches[210:][synthetic[210:]][:, 0] == 1_120).all()  # replaced, not added
-    assert set(batches[:, :, -1].unique().tolist()) == {0, 1} and 0.4 < batches[synthetic][:, -1].mean() < 0.6
+    assert (
+        set(batches[:, :, -1].unique().tolist()) == {0, 1}
+        and 0.4 < batches[synthetic][:, -1].mean() < 0.6
+    )
     assert {step for step, key in losses if key == "train/alpha"} == {100, 130}
 
 
@@ -449,9 +514,13 @@ def test_actions_are_random_first_and_then_the_policys(tmp_path, monkeypatch):
         return actions, log_density
 
     monkeypatch.setattr(TanhGaussianActor, "sample", recording_sample)
-    actions = checkpoint(run(tmp_path, algo="sac", learning_starts=100, eval_episodes=0))["replay"][:, 2:4]
+    actions = checkpoint(run(tmp_path, algo="sac", learning_starts=100, eval_episodes=0))["replay"][
+        :, 2:4
+    ]
     assert len(sampled) == 29 and torch.equal(actions[101:], torch.stack(sampled))
-    assert actions[:101].abs().max() > 0.95 and actions[:101].std() == pytest.approx(1 / math.sqrt(3), rel=0.1)
+    assert actions[:101].abs().max() > 0.95 and actions[:101].std() == pytest.approx(
+        1 / math.sqrt(3), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("algo, steps", [("sac", 1_200), ("synther", 600)])
@@ -467,12 +536,16 @@ def test_agent_learns(tmp_path, algo, steps):
 
 
 def test_broken_environment_is_named(tmp_path):
-    with pytest.raises(edm.RunError, match="Broken-v0 gave NaN or Inf at step 28"):  # and one step was a trial
+    with pytest.raises(
+        edm.RunError, match="Broken-v0 gave NaN or Inf at step 28"
+    ):  # and one step was a trial
         run(tmp_path, env="Broken-v0", algo="sac", eval_episodes=0)
 
 
 def test_diverging_agent_stops_the_run(tmp_path):
-    with pytest.raises(edm.RunError, match="the agent's action is not finite at environment step 5[1-9]"):
+    with pytest.raises(
+        edm.RunError, match="the agent's action is not finite at environment step 5[1-9]"
+    ):
         run(tmp_path, algo="sac", learning_rate=1e30)
 
 
@@ -500,7 +573,9 @@ def stopped_run(monkeypatch, out_dir, owner, name, count, **options):
     return folder
 
 
-EXACT = dict(env="Loop-v0", seed=1, learning_starts=30, checkpoint_every=20, eval_every=30, warm_start=True)
+EXACT = dict(
+    env="Loop-v0", seed=1, learning_starts=30, checkpoint_every=20, eval_every=30, warm_start=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +598,9 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, o
     for state in (a, b):
         del state["seconds"], state["log_size"]
     assert_same_state(a, b)
-    a, b = ({k: v for k, v in read_metrics(f).items() if "perf/" not in k[1]} for f in (folder, whole))
+    a, b = (
+        {k: v for k, v in read_metrics(f).items() if "perf/" not in k[1]} for f in (folder, whole)
+    )
     assert a == b and list(a) == list(b)
     assert_same_state(*(edm.load_edm(f / "diffusion.pt").state_dict() for f in (folder, whole)))
     for file in ("synthetic.npz", "final_returns.npz"):
@@ -581,7 +658,10 @@ BAD_COMMANDS = {
 @pytest.mark.parametrize("message", BAD_COMMANDS)
 def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, message):
     """Exit code 2, one line that begins with `error:`, nothing made and nothing changed."""
-    for name, args in (("run", Args(algo="sac", device="cpu")), ("td3bc_run", synther_td3bc.Args())):
+    for name, args in (
+        ("run", Args(algo="sac", device="cpu")),
+        ("td3bc_run", synther_td3bc.Args()),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(vars(args)))
     (tmp_path / "run/checkpoint.pt").write_bytes(b"PK damaged")
@@ -591,6 +671,11 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, message
     monkeypatch.chdir(tmp_path)
     words = iter(BAD_COMMANDS[message].split())
     with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, online, device="cpu", **{key[2:].replace("-", "_"): next(words) for key in words})
+        command(
+            monkeypatch,
+            online,
+            device="cpu",
+            **{key[2:].replace("-", "_"): next(words) for key in words},
+        )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and re.search(message, line) and contents() == before

@@ -18,7 +18,15 @@ from helpers import assert_same_state, command, copy_before_writes, plain, read_
 
 import edm
 import synther_vd4rl
-from synther_vd4rl import Agent, Args, extract_latents, find_files, load_dataset, random_shift, stacked
+from synther_vd4rl import (
+    Agent,
+    Args,
+    extract_latents,
+    find_files,
+    load_dataset,
+    random_shift,
+    stacked,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests/paper"))
@@ -41,7 +49,9 @@ def make_files(folder, lengths, level="expert", per_file=1):
     data["step_type"][ends - lengths], data["step_type"][ends - 1] = 0, 2
     folder = Path(folder) / "main/walker_walk" / level / "84px"
     folder.mkdir(parents=True)
-    for i, group in enumerate(np.split(np.arange(len(lengths)), range(per_file, len(lengths), per_file))):
+    for i, group in enumerate(
+        np.split(np.arange(len(lengths)), range(per_file, len(lengths), per_file))
+    ):
         with h5py.File(folder / f"part_{i:02}.hdf5", "w") as f:
             for key, x in data.items():
                 f[key] = x[ends[group[0]] - lengths[group[0]] : ends[group[-1]]]
@@ -50,7 +60,9 @@ def make_files(folder, lengths, level="expert", per_file=1):
 
 def filled(folder="", **options):
     """Arguments as main fills them."""
-    args = Args(**dict(dataset_path=str(folder), device="cpu", hidden_dim=16, learning_rate=1e-3) | options)
+    args = Args(
+        **dict(dataset_path=str(folder), device="cpu", hidden_dim=16, learning_rate=1e-3) | options
+    )
     return edm.fill(args, dict(nstep=3 if args.algo == "drqbc" else 1)) or args
 
 
@@ -77,7 +89,10 @@ def test_transitions_of_hand_made_files(tmp_path, nstep, per_file):
         first += length
     row, start = data["row"], data["start"]
     assert len(row) == len(expected) == sum(max(length - nstep, 0) for length in lengths)
-    images, next_images = stacked(data["frames"], row - 1, start), stacked(data["frames"], row + nstep - 1, start)
+    images, next_images = (
+        stacked(data["frames"], row - 1, start),
+        stacked(data["frames"], row + nstep - 1, start),
+    )
     for k, (i, first, rewards, discount, before, after) in enumerate(expected):
         assert (row[k], start[k]) == (i, first)
         assert data["reward"][k].item() == pytest.approx(rewards, rel=1e-5)
@@ -129,7 +144,9 @@ BAD_FILES = {
     "cannot read .*part_00.hdf5: ": replace("step_type", lambda x: x[:-1]),
     "cannot read .*part_00.hdf5: cannot reshape": replace("action", np.zeros((6, 6))),
     "cannot read .*part_01.hdf5: the lengths or the shapes": replace("action", np.zeros((5, 3))),
-    "an action, reward or discount of walker-walk-expert is NaN": replace("reward", np.full(5, math.nan)),
+    "an action, reward or discount of walker-walk-expert is NaN": replace(
+        "reward", np.full(5, math.nan)
+    ),
     "cannot read .*part_00.hdf5: its images are float64": replace("observation", lambda x: x / 255),
     "part_00.hdf5 does not begin with the first row": replace("step_type", np.ones(5, np.int64)),
 }
@@ -155,9 +172,13 @@ def test_dataset_is_downloaded_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     (file,) = synther_vd4rl.find_files(args := Args())
     assert asked == [("conglu/vd4rl", "dataset", "vd4rl/main/walker_walk/expert/84px/*")]
-    assert file.is_file() and synther_vd4rl.find_files(args) == [file] and len(asked) == 1  # the path is kept
+    assert (
+        file.is_file() and synther_vd4rl.find_files(args) == [file] and len(asked) == 1
+    )  # the path is kept
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(edm.RunError, match="cannot download V-D4RL .see vd4rl_data.py.: division by zero"):
+    with pytest.raises(
+        edm.RunError, match="cannot download V-D4RL .see vd4rl_data.py.: division by zero"
+    ):
         synther_vd4rl.find_files(Args())
 
 
@@ -210,8 +231,12 @@ np.savez(
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     path = tmp_path_factory.mktemp("rendered") / "out.npz"
-    environ = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"} | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", RENDERED, path], env=environ, capture_output=True, text=True)
+    environ = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", RENDERED, path], env=environ, capture_output=True, text=True
+    )
     if result.returncode == 77:
         pytest.skip("this machine has neither EGL nor OSMesa")
     assert result.returncode == 0, result.stderr
@@ -228,9 +253,13 @@ def test_actions_act_twice(rendered):
 
 def test_three_images_are_seen(rendered):
     first, images = rendered["first"], rendered["images"]
-    assert first.shape == (9, 84, 84) and first.dtype == images.dtype == np.uint8 and first.std() > 10
+    assert (
+        first.shape == (9, 84, 84) and first.dtype == images.dtype == np.uint8 and first.std() > 10
+    )
     np.testing.assert_array_equal(first, rendered["again"])
-    newest = np.stack([first[:3], first[:3], first[:3], *images[:, -3:]])  # the first image stands for those before it
+    newest = np.stack(
+        [first[:3], first[:3], first[:3], *images[:, -3:]]
+    )  # the first image stands for those before it
     assert len({image.tobytes() for image in newest}) > 25
     for t, seen in enumerate(images, start=1):
         np.testing.assert_array_equal(seen, np.concatenate(newest[t : t + 3]))
@@ -241,7 +270,12 @@ def test_evaluation_repeats_itself(rendered):
     """An evaluation begins with its own seeds, whatever was played before. Its film is the first episode's."""
     returns = rendered["returns"]
     np.testing.assert_array_equal(returns[0], returns[1])
-    assert returns.shape == (2, 2) and returns[0, 0] != returns[0, 1] and (0 < returns).all() and (returns < 60).all()
+    assert (
+        returns.shape == (2, 2)
+        and returns[0, 0] != returns[0, 1]
+        and (0 < returns).all()
+        and (returns < 60).all()
+    )
     assert rendered["film"].shape == (30, 3, 84, 84)
 
 
@@ -290,10 +324,14 @@ def test_network_sizes():
     assert count(agent.critic) == 2 * (56 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 + 1)
     assert agent.encoder(torch.zeros(1, 9, 84, 84, dtype=torch.uint8)).shape == (1, 39_200)
     for weight in (agent.critic.weights[1][0], agent.policy[2].weight):
-        torch.testing.assert_close(weight @ weight.T, torch.eye(1024), atol=1e-4, rtol=0)  # orthogonal
+        torch.testing.assert_close(
+            weight @ weight.T, torch.eye(1024), atol=1e-4, rtol=0
+        )  # orthogonal
 
 
-@pytest.mark.parametrize("stage, latent", [("stage1", "both"), ("stage2", "both"), ("stage2", "critic")])
+@pytest.mark.parametrize(
+    "stage, latent", [("stage1", "both"), ("stage2", "both"), ("stage2", "critic")]
+)
 @pytest.mark.parametrize("algo", ["drqbc", "bc"])
 def test_update_equals_a_plain_implementation(float64, stage, latent, algo):
     """Three updates in V-D4RL's order: critic with encoder, actor on the old features, targets.
@@ -302,7 +340,9 @@ def test_update_equals_a_plain_implementation(float64, stage, latent, algo):
     """
     torch.manual_seed(0)
     agent = Agent(6, filled(algo=algo, latent=latent), stage)
-    encoder, actor_trunk, critic_trunk = copy.deepcopy((agent.encoder, agent.actor_trunk, agent.critic_trunk))
+    encoder, actor_trunk, critic_trunk = copy.deepcopy(
+        (agent.encoder, agent.actor_trunk, agent.critic_trunk)
+    )
     policy, critics = copy.deepcopy(agent.policy), plain(agent.critic)
     trunk_target, targets = copy.deepcopy((critic_trunk, critics))
     if stage == "stage2":
@@ -311,9 +351,14 @@ def test_update_equals_a_plain_implementation(float64, stage, latent, algo):
     actor_params = [*agent.actor_trunk.parameters(), *policy.parameters()]
     if stage == "stage1":
         actor_params = [*actor_trunk.parameters(), *policy.parameters()]
-    critic_params = [*critics.parameters(), *(critic_trunk.parameters() if stage == "stage1" else [])]
+    critic_params = [
+        *critics.parameters(),
+        *(critic_trunk.parameters() if stage == "stage1" else []),
+    ]
     (actor_params if algo == "bc" else critic_params).extend(encoder.parameters())
-    actor_optimizer, critic_optimizer = (torch.optim.Adam(params, 1e-3) for params in (actor_params, critic_params))
+    actor_optimizer, critic_optimizer = (
+        torch.optim.Adam(params, 1e-3) for params in (actor_params, critic_params)
+    )
     x, a, r, discount, next_x = batch_for(agent)
 
     def sample(mean, noise):
@@ -328,9 +373,15 @@ def test_update_equals_a_plain_implementation(float64, stage, latent, algo):
         h, critic_loss = encoder(x), torch.zeros(())
         if algo == "drqbc":
             h_next = encoder(next_x).detach()
-            x_next = torch.cat([trunk_target(h_next), sample(policy(actor_trunk(h_next)), noise)], 1)
-            y = (r[:, None] + discount[:, None] * torch.min(targets[0](x_next), targets[1](x_next))).detach()
-            critic_loss = sum(F.mse_loss(critic(torch.cat([critic_trunk(h), a], 1)), y) for critic in critics)
+            x_next = torch.cat(
+                [trunk_target(h_next), sample(policy(actor_trunk(h_next)), noise)], 1
+            )
+            y = (
+                r[:, None] + discount[:, None] * torch.min(targets[0](x_next), targets[1](x_next))
+            ).detach()
+            critic_loss = sum(
+                F.mse_loss(critic(torch.cat([critic_trunk(h), a], 1)), y) for critic in critics
+            )
             critic_optimizer.zero_grad()
             critic_loss.backward()
             critic_optimizer.step()
@@ -348,7 +399,9 @@ def test_update_equals_a_plain_implementation(float64, stage, latent, algo):
         for net, target in pairs if algo == "drqbc" else ():
             for p, t in zip(net.parameters(), target.parameters()):
                 t.data.copy_(0.01 * p.data + 0.99 * t.data)
-        torch.testing.assert_close(losses, torch.stack([critic_loss, actor_loss]).detach(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            losses, torch.stack([critic_loss, actor_loss]).detach(), rtol=1e-6, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -370,13 +423,17 @@ def test_noise_is_clipped_and_stays_inside():
 
 
 @pytest.mark.parametrize("nstep", [1, 3])
-@pytest.mark.parametrize("algo, latent", [("drqbc", "both"), ("drqbc", "actor"), ("drqbc", "critic"), ("bc", "both")])
+@pytest.mark.parametrize(
+    "algo, latent", [("drqbc", "both"), ("drqbc", "actor"), ("drqbc", "critic"), ("bc", "both")]
+)
 def test_order_of_a_latent_row(tmp_path, monkeypatch, algo, latent, nstep):
     """[pi(h), Q(h), a, r, pi(h'), Q(h')], features of the images before and nstep later, both shifted (Appendix F)."""
     make_files(tmp_path, np.array([7, 6]))
     args = filled(tmp_path, algo=algo, latent=latent, nstep=nstep)
     data, agent = load(args), Agent(6, args, "stage1")
-    monkeypatch.setattr(synther_vd4rl, "random_shift", lambda images: images.flip(-1))  # shows that it was called
+    monkeypatch.setattr(
+        synther_vd4rl, "random_shift", lambda images: images.flip(-1)
+    )  # shows that it was called
     rows = extract_latents(agent, data, args)
     trunks = [agent.actor_trunk] if algo == "bc" or latent == "actor" else [agent.critic_trunk]
     if (algo, latent) == ("drqbc", "both"):
@@ -384,7 +441,9 @@ def test_order_of_a_latent_row(tmp_path, monkeypatch, algo, latent, nstep):
     assert rows.shape == (13 - 2 * nstep, 2 * 50 * len(trunks) + 6 + 1)
     with torch.no_grad():
         h = agent.encoder(stacked(data["frames"], data["row"] - 1, data["start"]).flip(-1))
-        h_next = agent.encoder(stacked(data["frames"], data["row"] + nstep - 1, data["start"]).flip(-1))
+        h_next = agent.encoder(
+            stacked(data["frames"], data["row"] + nstep - 1, data["start"]).flip(-1)
+        )
         parts = [trunk(h) for trunk in trunks] + [data["action"], data["reward"][:, None]]
         parts += [trunk(h_next) for trunk in trunks]
     torch.testing.assert_close(rows, torch.cat(parts, 1))
@@ -465,11 +524,17 @@ def test_run_folder_and_log(first_run):
         "perf/updates_per_sec", "perf/samples_per_sec", "perf/seconds",
     }  # fmt: skip
     with np.load(first_run / "final_returns.npz") as f:
-        assert f["updates"].tolist() == [0, 2, 4, 6, 8] and (f["returns"] == 6).all() and f["returns"].shape == (5, 2)
+        assert (
+            f["updates"].tolist() == [0, 2, 4, 6, 8]
+            and (f["returns"] == 6).all()
+            and f["returns"].shape == (5, 2)
+        )
         np.testing.assert_allclose(f["normalized_scores"], 0.6)
     assert metrics[8, "eval/normalized_score"] == pytest.approx(0.6)
     with np.load(first_run / "synthetic.npz") as f:
-        assert f["observations"].shape == f["next_observations"].shape == (300, 100) and f["actions"].shape == (300, 6)
+        assert f["observations"].shape == f["next_observations"].shape == (300, 100) and f[
+            "actions"
+        ].shape == (300, 6)
     model = edm.load_edm(first_run / "diffusion.pt")
     assert len(model.mean) == 207 and (model.std != 1).all()  # every dimension is standardised
 
@@ -499,8 +564,12 @@ def test_each_stage_is_scored_by_its_own_policy(tmp_path, vd4rl, algo):
 def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data):
     """Of the dataset, or of the diffusion model. --agent-path leaves stage 1 out, and gives the same heads."""
     seen, update = [], Agent.update
-    monkeypatch.setattr(Agent, "update", lambda self, *batch: seen.append(batch) or update(self, *batch))
-    folder = run(synther_vd4rl, tmp_path, dataset_path=vd4rl, data=data, agent_path=str(first_run), **TINY)
+    monkeypatch.setattr(
+        Agent, "update", lambda self, *batch: seen.append(batch) or update(self, *batch)
+    )
+    folder = run(
+        synther_vd4rl, tmp_path, dataset_path=vd4rl, data=data, agent_path=str(first_run), **TINY
+    )
     assert (folder / "agent.pt").read_bytes() == (first_run / "agent.pt").read_bytes()
     with np.load(folder / "final_returns.npz") as f:
         assert f["updates"].tolist() == [0, 2, 4]
@@ -526,8 +595,12 @@ def test_made_dataset_can_be_loaded(tmp_path):
     args = filled(tmp_path, env="walker-walk-random", nstep=1)
     data = load(args)
     assert len(data["frames"]) == 8 and data["start"].tolist() == [0, 0, 0, 4, 4, 4]
-    assert data["reward"].tolist() == [1, 2, 3, 1, 2, 3] and set(data["discount"].tolist()) == {np.float32(0.99)}
-    for row, action, (images, played) in zip(data["row"], data["action"], NoiseEnv.played, strict=True):
+    assert data["reward"].tolist() == [1, 2, 3, 1, 2, 3] and set(data["discount"].tolist()) == {
+        np.float32(0.99)
+    }
+    for row, action, (images, played) in zip(
+        data["row"], data["action"], NoiseEnv.played, strict=True
+    ):
         np.testing.assert_array_equal(data["frames"][row - 1], images[-3:])
         np.testing.assert_allclose(action, played, rtol=1e-6)
     vd4rl_data.main(vd4rl_data.Args(episodes=1, seed=1, **options))
@@ -550,7 +623,11 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
             **TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6),
         )
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
-    assert len(killed) > 10 and not (killed[1] / "agent.pt").exists() and (killed[-1] / "synthetic.npz").exists()
+    assert (
+        len(killed) > 10
+        and not (killed[1] / "agent.pt").exists()
+        and (killed[-1] / "synthetic.npz").exists()
+    )
     for folder in killed[::2]:
         command(monkeypatch, synther_vd4rl, resume=folder)
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
@@ -559,10 +636,15 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
             for state in states if name == "checkpoint.pt" else ():
                 del state["seconds"], state["log_size"]
             assert_same_state(*states, f"{folder.name}/{name}")
-        a, b = ([item for item in read_metrics(f).items() if "perf/" not in item[0][1]] for f in (folder, whole))
+        a, b = (
+            [item for item in read_metrics(f).items() if "perf/" not in item[0][1]]
+            for f in (folder, whole)
+        )
         np.testing.assert_equal(a, b)  # in the same order
     make_files(tmp_path / "other", np.array([8, 8, 7]))
-    settings = json.loads((killed[1] / "args.json").read_text()) | dict(dataset_path=str(tmp_path / "other"))
+    settings = json.loads((killed[1] / "args.json").read_text()) | dict(
+        dataset_path=str(tmp_path / "other")
+    )
     (killed[1] / "args.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):
         command(monkeypatch, synther_vd4rl, resume=killed[1])
@@ -595,6 +677,12 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, vd4rl, 
     before = sorted(tmp_path.rglob("*"))
     options = {key: str(x).format(first_run=first_run) for key, x in BAD_COMMANDS[message].items()}
     with pytest.raises(SystemExit) as end:
-        command(monkeypatch, synther_vd4rl, **dict(dataset_path=vd4rl, eval_episodes=0, device="cpu") | options)
+        command(
+            monkeypatch,
+            synther_vd4rl,
+            **dict(dataset_path=vd4rl, eval_episodes=0, device="cpu") | options,
+        )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 2 and re.search(message, line) and sorted(tmp_path.rglob("*")) == before
+    assert (
+        end.value.code == 2 and re.search(message, line) and sorted(tmp_path.rglob("*")) == before
+    )

@@ -77,7 +77,10 @@ def take_turns(ours, limit, plain, count, repeats, units=(1, 1, 1)):
     Returns: [repeats] of (ours, limit, plain), seconds per unit; `units` are how many of these a call does.
     """
     functions = (ours, OUR_PRECISION), (limit, OUR_PRECISION), (plain, PLAIN_PRECISION)
-    turns = [[seconds_per_call(f, count, precision) for f, precision in functions] for _ in range(repeats + 1)]
+    turns = [
+        [seconds_per_call(f, count, precision) for f, precision in functions]
+        for _ in range(repeats + 1)
+    ]
     return [[seconds / unit for seconds, unit in zip(turn, units)] for turn in turns[1:]]
 
 
@@ -121,7 +124,9 @@ def mlp(*sizes):
 
 
 def adam(*parts):
-    return torch.optim.Adam([p for x in parts for p in (x.parameters() if isinstance(x, nn.Module) else [x])], lr=3e-4)
+    return torch.optim.Adam(
+        [p for x in parts for p in (x.parameters() if isinstance(x, nn.Module) else [x])], lr=3e-4
+    )
 
 
 def descend(loss, *optimizers):
@@ -155,7 +160,11 @@ class PlainEDM(nn.Module):
     def __init__(self):
         super().__init__()
         self.frequencies = nn.Parameter(torch.randn(8), requires_grad=False)
-        self.project, self.first, self.last = nn.Linear(DIM, 128), nn.Linear(128, 1024), nn.Linear(1024, DIM)
+        self.project, self.first, self.last = (
+            nn.Linear(DIM, 128),
+            nn.Linear(128, 1024),
+            nn.Linear(1024, DIM),
+        )
         self.time_mlp = nn.Sequential(nn.Linear(17, 128), nn.SiLU(), nn.Linear(128, 128))
         self.blocks = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(6)])
 
@@ -211,12 +220,20 @@ def plain_td3bc(parts, device):
         with torch.no_grad():
             noise = (torch.randn_like(actions) * 0.2).clamp(-0.5, 0.5)
             next_actions = (actor_target(next_observations) + noise).clamp(-1.0, 1.0)
-            y = rewards + (1 - terminals) * 0.99 * torch.min(*values(targets, next_observations, next_actions))
-        descend(sum(F.mse_loss(q, y) for q in values(critics, observations, actions)), *critic_optimizers)
+            y = rewards + (1 - terminals) * 0.99 * torch.min(
+                *values(targets, next_observations, next_actions)
+            )
+        descend(
+            sum(F.mse_loss(q, y) for q in values(critics, observations, actions)),
+            *critic_optimizers,
+        )
         if i % 2 == 1:
             policy_actions = actor(observations)
             (q,) = values(critics[:1], observations, policy_actions)
-            descend(-2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, actions), actor_optimizer)
+            descend(
+                -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, actions),
+                actor_optimizer,
+            )
             follow(targets, critics)
             follow(actor_target, actor)
 
@@ -229,7 +246,11 @@ def plain_iql(parts, device):
     critics = nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(2)]).to(device)
     targets = copy.deepcopy(critics)
     log_std = nn.Parameter(torch.zeros(ACT_DIM, device=device))
-    value_optimizer, critic_optimizer, actor_optimizer = adam(value), adam(critics), adam(mean, log_std)
+    value_optimizer, critic_optimizer, actor_optimizer = (
+        adam(value),
+        adam(critics),
+        adam(mean, log_std),
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, 1_000_000)
 
     def update(i):
@@ -238,8 +259,13 @@ def plain_iql(parts, device):
             y = rewards + (1 - terminals) * 0.99 * value(next_observations)
             target_q = torch.min(*values(targets, observations, actions))
         advantage = target_q - value(observations)
-        descend(torch.mean(torch.abs(0.7 - (advantage < 0).float()) * advantage**2), value_optimizer)
-        descend(sum(F.mse_loss(q, y) for q in values(critics, observations, actions)) / 2, critic_optimizer)
+        descend(
+            torch.mean(torch.abs(0.7 - (advantage < 0).float()) * advantage**2), value_optimizer
+        )
+        descend(
+            sum(F.mse_loss(q, y) for q in values(critics, observations, actions)) / 2,
+            critic_optimizer,
+        )
         follow(targets, critics)
         weight = torch.exp(3.0 * advantage.detach()).clamp(max=100.0).squeeze(-1)
         scale = torch.diag(torch.exp(log_std.clamp(-5.0, 2.0)))
@@ -258,7 +284,9 @@ class PlainPolicy(nn.Module):
 
     def forward(self, observations):
         h = self.hidden(observations)
-        normal = torch.distributions.Normal(self.mean(h), torch.exp(torch.clamp(self.log_std(h), -20, 2)))
+        normal = torch.distributions.Normal(
+            self.mean(h), torch.exp(torch.clamp(self.log_std(h), -20, 2))
+        )
         raw = normal.rsample()
         actions = torch.tanh(raw)
         log_density = normal.log_prob(raw) - torch.log(1 - actions.pow(2) + 1e-6)
@@ -271,7 +299,9 @@ class PlainEnsemble(nn.Module):
     def __init__(self):
         super().__init__()
         sizes = [PAIR, 256, 256, 256, 1]
-        self.weights = nn.ParameterList(torch.randn(10, i, o) / math.sqrt(i) for i, o in zip(sizes, sizes[1:]))
+        self.weights = nn.ParameterList(
+            torch.randn(10, i, o) / math.sqrt(i) for i, o in zip(sizes, sizes[1:])
+        )
         self.biases = nn.ParameterList(torch.zeros(10, 1, o) for o in sizes[1:])
 
     def forward(self, observations, actions):
@@ -299,13 +329,20 @@ def plain_edac(parts, device):
         descend((alpha * log_density - q).mean(), actor_optimizer)
         with torch.no_grad():
             next_actions, next_log_density = actor(next_observations)
-            next_q = target(next_observations, next_actions).min(0).values.unsqueeze(-1) - alpha * next_log_density
+            next_q = (
+                target(next_observations, next_actions).min(0).values.unsqueeze(-1)
+                - alpha * next_log_density
+            )
             y = rewards + 0.99 * (1 - terminals) * next_q
         critic_loss = ((critic(observations, actions) - y.view(1, -1)) ** 2).mean(dim=1).sum(dim=0)
         many_actions = actions.unsqueeze(0).repeat_interleave(10, dim=0).requires_grad_(True)
         many_q = critic(observations.unsqueeze(0).repeat_interleave(10, dim=0), many_actions)
-        (gradient,) = torch.autograd.grad(many_q.sum(), many_actions, retain_graph=True, create_graph=True)
-        gradient = (gradient / (torch.norm(gradient, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(0, 1)
+        (gradient,) = torch.autograd.grad(
+            many_q.sum(), many_actions, retain_graph=True, create_graph=True
+        )
+        gradient = (gradient / (torch.norm(gradient, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(
+            0, 1
+        )
         products = torch.einsum("bik,bjk->bij", gradient, gradient)
         others = 1 - torch.eye(10, device=device).unsqueeze(0).repeat(products.shape[0], 1, 1)
         descend(critic_loss + (others * products).sum(dim=(1, 2)).mean() / 9, critic_optimizer)
@@ -320,24 +357,38 @@ def plain_sac(buffers, num_q, utd, device):
     critics = nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(num_q)]).to(device)
     targets = copy.deepcopy(critics)
     log_alpha = torch.zeros(1, requires_grad=True, device=device)
-    policy_optimizer, alpha_optimizer, critic_optimizers = adam(policy), adam(log_alpha), [adam(c) for c in critics]
+    policy_optimizer, alpha_optimizer, critic_optimizers = (
+        adam(policy),
+        adam(log_alpha),
+        [adam(c) for c in critics],
+    )
 
     def step(_):
         alpha = log_alpha.exp().item()
         for i in range(utd):
-            columns = map(np.concatenate, zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers]))
-            observations, actions, rewards, next_observations, terminals = [torch.Tensor(x).to(device) for x in columns]
+            columns = map(
+                np.concatenate, zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
+            )
+            observations, actions, rewards, next_observations, terminals = [
+                torch.Tensor(x).to(device) for x in columns
+            ]
             with torch.no_grad():
                 next_actions, next_log_density = policy(next_observations)
                 two = [targets[k] for k in np.random.choice(num_q, 2, replace=False)]
-                next_q = torch.cat(values(two, next_observations, next_actions), 1).min(dim=1, keepdim=True).values
+                next_q = (
+                    torch.cat(values(two, next_observations, next_actions), 1)
+                    .min(dim=1, keepdim=True)
+                    .values
+                )
                 y = rewards + 0.99 * (1 - terminals) * (next_q - alpha * next_log_density)
             q = torch.cat(values(critics, observations, actions), 1)
             descend(F.mse_loss(q, y.expand(-1, num_q)) * num_q, *critic_optimizers)
             if i == utd - 1:
                 critics.requires_grad_(False)
                 policy_actions, log_density = policy(observations)
-                q = torch.cat(values(critics, observations, policy_actions), 1).mean(1, keepdim=True)
+                q = torch.cat(values(critics, observations, policy_actions), 1).mean(
+                    1, keepdim=True
+                )
                 descend((alpha * log_density - q).mean(), policy_optimizer)
                 critics.requires_grad_(True)
                 descend(-(log_alpha * (log_density - ACT_DIM).detach()).mean(), alpha_optimizer)
@@ -348,7 +399,10 @@ def plain_sac(buffers, num_q, utd, device):
 
 def random_shift_by_sampling(images):
     """The public random shift: every image is interpolated at shifted positions."""
-    images, new = F.pad(images, (4, 4, 4, 4), "replicate"), dict(device=images.device, dtype=images.dtype)
+    images, new = (
+        F.pad(images, (4, 4, 4, 4), "replicate"),
+        dict(device=images.device, dtype=images.dtype),
+    )
     line = torch.linspace(-1 + 1 / 92, 1 - 1 / 92, 92, **new)[:84]
     base = torch.stack([line.expand(84, 84), line[:, None].expand(84, 84)], dim=-1)
     shift = torch.randint(0, 9, (len(images), 1, 1, 2), **new) * 2 / 92
@@ -358,17 +412,27 @@ def random_shift_by_sampling(images):
 def plain_drqbc(frames, actions, rewards, device):
     """An update: the batch is drawn as a data loader does, image by image from numpy."""
     layers = [nn.Conv2d(9, 32, 3, stride=2), *(nn.Conv2d(32, 32, 3) for _ in range(3))]
-    encoder = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten()).to(device)
+    encoder = nn.Sequential(
+        *(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten()
+    ).to(device)
     trunk = nn.Sequential(nn.Linear(39_200, 50), nn.LayerNorm(50), nn.Tanh()).to(device)
     actor = nn.Sequential(trunk, mlp(50, 1024, 1024, ACT_DIM), nn.Tanh()).to(device)
-    critic_trunk, critics = copy.deepcopy(trunk), nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)])
+    critic_trunk, critics = (
+        copy.deepcopy(trunk),
+        nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)]),
+    )
     critic = nn.ModuleList([critic_trunk, critics]).to(device)
     target = copy.deepcopy(critic)
     actor_optimizer, critic_optimizer, encoder_optimizer = adam(actor), adam(critic), adam(encoder)
 
     def draw_one():
         i = np.random.randint(3, len(frames) - 3)
-        return frames[i - 3 : i].reshape(9, 84, 84), actions[i], rewards[i], frames[i : i + 3].reshape(9, 84, 84)
+        return (
+            frames[i - 3 : i].reshape(9, 84, 84),
+            actions[i],
+            rewards[i],
+            frames[i : i + 3].reshape(9, 84, 84),
+        )
 
     def encode(images):
         return encoder(random_shift_by_sampling(images.float()) / 255.0 - 0.5)
@@ -385,10 +449,17 @@ def plain_drqbc(frames, actions, rewards, device):
         with torch.no_grad():
             next_h = encode(next_images)
             y = r[:, None] + 0.97 * torch.min(*values(target[1], target[0](next_h), sample(next_h)))
-        descend(sum(F.mse_loss(q, y) for q in values(critics, critic_trunk(h), a)), encoder_optimizer, critic_optimizer)
+        descend(
+            sum(F.mse_loss(q, y) for q in values(critics, critic_trunk(h), a)),
+            encoder_optimizer,
+            critic_optimizer,
+        )
         policy_actions = sample(h.detach())
         q = torch.min(*values(critics, critic_trunk(h.detach()), policy_actions))
-        descend(-2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, a), actor_optimizer)
+        descend(
+            -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, a),
+            actor_optimizer,
+        )
         follow(target, critic, tau=0.01)
 
     return update
@@ -446,7 +517,9 @@ def sampling(device, count, repeats):
     def plain(i):
         edm.sample_dpmpp(plain_model.denoise, plain_x, edm.karras_sigmas(3)).cpu()
 
-    return take_turns(ours, lambda i: multiply(), plain, count, repeats, units=(32 * rows, rows, 3 * plain_rows))
+    return take_turns(
+        ours, lambda i: multiply(), plain, count, repeats, units=(32 * rows, rows, 3 * plain_rows)
+    )
 
 
 def offline(device, count, repeats, name):
@@ -457,7 +530,10 @@ def offline(device, count, repeats, name):
     plain = {"td3bc": plain_td3bc, "iql": plain_iql, "edac": plain_edac}[name]
     plain = plain([part.contiguous() for part in rows.split(SIZES, dim=1)], device)
     agent = getattr(script, name.upper())(OBS_DIM, ACT_DIM, 1.0, args)
-    batch, losses = torch.empty(BATCH, DIM, device=device), torch.zeros(len(agent.LOSSES), device=device)
+    batch, losses = (
+        torch.empty(BATCH, DIM, device=device),
+        torch.zeros(len(agent.LOSSES), device=device),
+    )
 
     def train_step():
         batch.copy_(rows[torch.randint(len(rows), (BATCH,), device=device)])
@@ -484,11 +560,16 @@ def online(device, count, repeats, algo):
     args = resolved(script, device, env="HalfCheetah-v4", algo=algo)
     edm.fill(args, script.ALGOS[algo])
     replay = random_rows(20_000).to(device)
-    buffers = [[part.numpy() for part in replay.cpu().repeat(n, 1).split(SIZES, dim=1)] for n in (1, 10)]
+    buffers = [
+        [part.numpy() for part in replay.cpu().repeat(n, 1).split(SIZES, dim=1)] for n in (1, 10)
+    ]
     plain = plain_sac(buffers if algo == "synther" else buffers[:1], args.num_q, args.utd, device)
     synthetic = replay.repeat(10, 1) if algo == "synther" else replay[:0]
     agent = script.SAC(OBS_DIM, ACT_DIM, args)
-    batch, losses = torch.empty(BATCH, DIM, device=device), torch.zeros(len(agent.LOSSES), device=device)
+    batch, losses = (
+        torch.empty(BATCH, DIM, device=device),
+        torch.zeros(len(agent.LOSSES), device=device),
+    )
 
     def critic_step():
         losses.add_(agent.update(batch, with_actor=False))
@@ -521,9 +602,13 @@ def pixels(device, count, repeats):
 
     def train_step():
         row = torch.randint(3, 3_900, (args.batch_size,), device=device)
-        stacks = (script.stacked(images, last, torch.zeros_like(row)) for last in (row - 1, row + 2))
+        stacks = (
+            script.stacked(images, last, torch.zeros_like(row)) for last in (row - 1, row + 2)
+        )
         batch, next_batch = (script.random_shift(stack) for stack in stacks)
-        losses.add_(agent.update(batch, a[row], r[row], torch.full_like(r[row], 0.97), next_batch, noise))
+        losses.add_(
+            agent.update(batch, a[row], r[row], torch.full_like(r[row], 0.97), next_batch, noise)
+        )
 
     def update(i, train_step):
         script.keep_freed_memory()
@@ -531,7 +616,9 @@ def pixels(device, count, repeats):
 
     def plain(i):
         for threshold, size in ((-1, 2**26), (-3, 2**25)) if sys.platform == "linux" else ():
-            ctypes.CDLL(None).mallopt(threshold, size)  # where glibc's own thresholds, which grow by themselves, end
+            ctypes.CDLL(None).mallopt(
+                threshold, size
+            )  # where glibc's own thresholds, which grow by themselves, end
         plain_update(i)
 
     return take_turns(*ours_and_limit(device, update, train_step), plain, count, repeats)
@@ -553,9 +640,15 @@ def peak_memory(label, script, **options):
 def memory_of_rows(num_rows, folder):
     """synther_td3bc.py on random data of Walker2d's size, with a tiny network."""
     np.savez(Path(folder) / "data.npz", **edm.unpack(random_rows(20_000), OBS_DIM, ACT_DIM))
-    options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", out_dir=folder, num_samples=num_rows)
-    options |= dict(diffusion_steps=10, diffusion_width=32, diffusion_depth=1, sample_steps=2, updates=20)
-    peak_memory(f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f} GB)", "synther_td3bc.py", **options)
+    options = dict(
+        env="Walker2d-v4", dataset_path=f"{folder}/data.npz", out_dir=folder, num_samples=num_rows
+    )
+    options |= dict(
+        diffusion_steps=10, diffusion_width=32, diffusion_depth=1, sample_steps=2, updates=20
+    )
+    peak_memory(
+        f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f} GB)", "synther_td3bc.py", **options
+    )
 
 
 def memory_of_images(num_images, folder):
@@ -568,9 +661,19 @@ def memory_of_images(num_images, folder):
             f["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
             f["reward"], f["discount"] = np.ones((2, 501), np.float32)
             f["step_type"] = np.array([0] + 499 * [1] + [2])
-    options = dict(env="walker-walk-expert", dataset_path=folder, out_dir=folder, stage1_updates=20, stage2_updates=20)
+    options = dict(
+        env="walker-walk-expert",
+        dataset_path=folder,
+        out_dir=folder,
+        stage1_updates=20,
+        stage2_updates=20,
+    )
     options |= dict(diffusion_steps=10, diffusion_width=32, sample_steps=2, num_samples=100_000)
-    peak_memory(f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f} GB)", "synther_vd4rl.py", **options)
+    peak_memory(
+        f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f} GB)",
+        "synther_vd4rl.py",
+        **options,
+    )
 
 
 # --- Table ------------------------------------------------------------------------------------------------------------
@@ -578,10 +681,42 @@ def memory_of_images(num_images, folder):
 ROWS = (  # part of --only, name, unit, units per second, function, calls per turn on a CPU and on a GPU
     ("training", "diffusion step, 6 x 1024, batch 256", "ms/step", 1e3, training, 40, 500),
     ("sampling", "sampling, one network call", "us/row", 1e6, sampling, 1, 1),
-    ("td3bc", "TD3+BC update, 2 x 256, batch 256", "us/update", 1e6, partial(offline, name="td3bc"), 300, 5_000),
-    ("iql", "IQL update, 2 x 256, batch 256", "us/update", 1e6, partial(offline, name="iql"), 300, 5_000),
-    ("edac", "EDAC update, 10 critics, 3 x 256", "us/update", 1e6, partial(offline, name="edac"), 40, 5_000),
-    ("sac", "SAC (SynthER) update, 20 per step", "us/update", 1e6, partial(online, algo="synther"), 20, 200),
+    (
+        "td3bc",
+        "TD3+BC update, 2 x 256, batch 256",
+        "us/update",
+        1e6,
+        partial(offline, name="td3bc"),
+        300,
+        5_000,
+    ),
+    (
+        "iql",
+        "IQL update, 2 x 256, batch 256",
+        "us/update",
+        1e6,
+        partial(offline, name="iql"),
+        300,
+        5_000,
+    ),
+    (
+        "edac",
+        "EDAC update, 10 critics, 3 x 256",
+        "us/update",
+        1e6,
+        partial(offline, name="edac"),
+        40,
+        5_000,
+    ),
+    (
+        "sac",
+        "SAC (SynthER) update, 20 per step",
+        "us/update",
+        1e6,
+        partial(online, algo="synther"),
+        20,
+        200,
+    ),
     ("sac", "REDQ update, 20 per step", "us/update", 1e6, partial(online, algo="redq"), 8, 200),
     ("drqbc", "DrQ+BC update from images, batch 256", "ms/update", 1e3, pixels, 2, 200),
 )
@@ -592,7 +727,10 @@ def show(name, unit, scale, turns):
     ours, limit, plain = (statistics.median(column) * scale for column in zip(*turns))
     ratio = statistics.median(plain / ours for ours, _, plain in turns)
     share = statistics.median(limit / ours for ours, limit, _ in turns)
-    print(f"{name:<36} {unit:<10} {ours:9.3f} {plain:9.3f} {limit:9.3f} {ratio:10.2f}x {share:9.0%}", flush=True)
+    print(
+        f"{name:<36} {unit:<10} {ours:9.3f} {plain:9.3f} {limit:9.3f} {ratio:10.2f}x {share:9.0%}",
+        flush=True,
+    )
 
 
 def main():
@@ -600,19 +738,39 @@ def main():
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
     parser.add_argument("--quick", action="store_true", help="shorter turns")
-    parser.add_argument("--only", choices={row[0]: None for row in ROWS}, help="one part of the table")
-    parser.add_argument("--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead")
-    parser.add_argument("--image-memory", type=int, nargs="?", const=100_000, metavar="IMAGES", help="likewise")
+    parser.add_argument(
+        "--only", choices={row[0]: None for row in ROWS}, help="one part of the table"
+    )
+    parser.add_argument(
+        "--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead"
+    )
+    parser.add_argument(
+        "--image-memory", type=int, nargs="?", const=100_000, metavar="IMAGES", help="likewise"
+    )
     args = parser.parse_args()
     if args.memory or args.image_memory:
         with tempfile.TemporaryDirectory() as folder:
-            return memory_of_rows(args.memory, folder) if args.memory else memory_of_images(args.image_memory, folder)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+            return (
+                memory_of_rows(args.memory, folder)
+                if args.memory
+                else memory_of_images(args.image_memory, folder)
+            )
+    device = (
+        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     torch.manual_seed(0)
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = torch.cuda.get_device_name() if device == "cuda" else (re.findall("model name.*: (.*)", cpu) or ["CPU"])[0]
-    print(f"{name} | torch {torch.__version__} | {torch.get_num_threads()} threads | float32 matmul as {OUR_PRECISION}")
-    print(f"{'':<36} {'unit':<10} {'ours':>9} {'plain':>9} {'matmul':>9} {'speed-up':>11} {'of limit':>9}")
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else (re.findall("model name.*: (.*)", cpu) or ["CPU"])[0]
+    )
+    print(
+        f"{name} | torch {torch.__version__} | {torch.get_num_threads()} threads | float32 matmul as {OUR_PRECISION}"
+    )
+    print(
+        f"{'':<36} {'unit':<10} {'ours':>9} {'plain':>9} {'matmul':>9} {'speed-up':>11} {'of limit':>9}"
+    )
     for part, name, unit, scale, measure, cpu_calls, gpu_calls in ROWS:
         if args.only in (None, part):
             calls = gpu_calls if device == "cuda" else cpu_calls

@@ -70,7 +70,9 @@ def agent_difference(device, updates=200):
     agents = []
     for d in (device, "cpu"):
         torch.manual_seed(0)
-        agents.append(synther_td3bc.TD3BC(17, 6, 1.0, synther_td3bc.Args(policy_noise=0.0, device=d)))
+        agents.append(
+            synther_td3bc.TD3BC(17, 6, 1.0, synther_td3bc.Args(policy_noise=0.0, device=d))
+        )
     for i in range(updates):
         batch = torch.randn(256, 42)
         batch[:, -1] = batch[:, -1] > 2
@@ -101,12 +103,22 @@ def train_a_little(script, device, **options):
 
 
 def agreement(device):
-    print(f"{device} against CPU, relative: 20 steps of the sampler {sampler_difference(device):.1e}")
+    print(
+        f"{device} against CPU, relative: 20 steps of the sampler {sampler_difference(device):.1e}"
+    )
     print(f"200 agent updates: {agent_difference(device):.1e}")
     rows, few = torch.randn(5_000, 42), edm.DiffusionArgs(diffusion_steps=300, diffusion_width=256)
-    difference = graph_difference(lambda: dict(edm.train_edm(rows, few, device=device).denoiser.named_parameters()))
+    difference = graph_difference(
+        lambda: dict(edm.train_edm(rows, few, device=device).denoiser.named_parameters())
+    )
     print(f"graphs against eager steps, 300 diffusion steps: {difference:.1e}")
-    online = dict(env="Pendulum-v1", total_steps=400, learning_starts=100, retrain_every=250, diffusion_steps=100)
+    online = dict(
+        env="Pendulum-v1",
+        total_steps=400,
+        learning_starts=100,
+        retrain_every=250,
+        diffusion_steps=100,
+    )
     for script in (synther_td3bc, synther_iql, synther_edac, synther_sac_online):
         options = online if script is synther_sac_online else dict(data="real", updates=300)
         difference = graph_difference(lambda: train_a_little(script, device, **options))
@@ -125,18 +137,29 @@ def run(args, script, *options):
 
 
 def experiment(args, small):
-    common = ["--env", "walker2d-medium-replay-v2", *(small + ["--updates", 500] if args.quick else [])]
+    common = [
+        "--env",
+        "walker2d-medium-replay-v2",
+        *(small + ["--updates", 500] if args.quick else []),
+    ]
     common += ["--dataset-path", args.data] if args.data else []
     for data in ("synther", "real"):
         run(args, "synther_td3bc.py", *common, "--data", data)
-    samples = max(Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz"), key=lambda x: x.stat().st_mtime)
+    samples = max(
+        Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz"),
+        key=lambda x: x.stat().st_mtime,
+    )
     for script in ("synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--synthetic-path", samples)
         run(args, script, *common, "--data", "real")
 
 
 def online(args, small):
-    small = small + ["--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600] if args.quick else []
+    small = (
+        small + ["--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
+        if args.quick
+        else []
+    )
     for algo in ("synther", "redq", "sac"):
         run(args, "synther_sac_online.py", "--env", "HalfCheetah-v4", "--algo", algo, *small)
 
@@ -147,8 +170,13 @@ def recipes(args):
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:45_000]]
 
     def train(recipe, steps):
-        start, options = time.time(), edm.DiffusionArgs(diffusion_recipe=recipe, diffusion_steps=steps)
-        return edm.train_edm(rows, options, raw_columns=[-1], device=args.device), time.time() - start
+        start, options = (
+            time.time(),
+            edm.DiffusionArgs(diffusion_recipe=recipe, diffusion_steps=steps),
+        )
+        return edm.train_edm(
+            rows, options, raw_columns=[-1], device=args.device
+        ), time.time() - start
 
     trial_steps = 50 if args.quick else 2_000
     train("fast", trial_steps)  # the first training on a GPU is slower
@@ -158,10 +186,17 @@ def recipes(args):
         if recipe == "fast":
             model, _ = train("fast", round(share * seconds / step_seconds))
         for sampler in ("dpmpp", "sde"):
-            new = edm.generate(model, 2_000 if args.quick else 100_000, edm.DiffusionArgs(sampler=sampler))
+            new = edm.generate(
+                model, 2_000 if args.quick else 100_000, edm.DiffusionArgs(sampler=sampler)
+            )
             new[:, -1] = new[:, -1] > 0.5
-            scores = edm.quality_report(rows, new) | dynamics_scores("Walker2d-v4", edm.unpack(new[:10_000], 17, 6))
-            scores = {key: round(scores[key], 4) for key in ("marginal", "correlation", "dynamics", "recall")}
+            scores = edm.quality_report(rows, new) | dynamics_scores(
+                "Walker2d-v4", edm.unpack(new[:10_000], 17, 6)
+            )
+            scores = {
+                key: round(scores[key], 4)
+                for key in ("marginal", "correlation", "dynamics", "recall")
+            }
             print(f"{recipe}, {share * seconds:.0f} s of training, {sampler}: {scores}", flush=True)
 
 

@@ -1,4 +1,5 @@
-"""How true generated transitions are: each is replayed in the simulator from its own (s, a). Used by other studies."""
+"""How true generated transitions are: each is replayed in the simulator from its own (s, a). Used
+by other studies."""
 
 import sys
 import warnings
@@ -12,20 +13,16 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[2]))
 import edm
 
-# Observation = qpos without the x position, then qvel (clipped at 10 in Walker2d and Hopper): the size of qpos.
-NQ = {"HalfCheetah-v4": 9, "Hopper-v4": 6, "Walker2d-v4": 9}
+# An observation is qpos without the x position, then qvel, in Walker2d and Hopper clipped at 10.
+NQ = {"HalfCheetah-v4": 9, "Hopper-v4": 6, "Walker2d-v4": 9}  # the size of qpos
 
 
 @dataclass(kw_only=True)
 class ModelArgs:
-    data: str
-    """D4RL-layout HDF5 that the model was trained on"""
-    model: str
-    """diffusion.pt of a run folder"""
-    env: Literal[tuple(NQ)] = "Walker2d-v4"
-    """simulator"""
-    true_next_obs: bool = False
-    """as the model was trained"""
+    data: str  # D4RL-layout HDF5 that the model was trained on
+    model: str  # diffusion.pt of a run folder
+    env: Literal[tuple(NQ)] = "Walker2d-v4"  # the simulator
+    true_next_obs: bool = False  # as the model was trained
 
 
 def load(args):
@@ -35,10 +32,8 @@ def load(args):
 
 
 def replay(env_id, observations, actions):
-    """What the simulator makes of states [N, obs_dim] and actions [N, act_dim], those apart whose s' cannot be known.
-
-    Returns: known [N], bool; of the known rows the next observations, the rewards, and whether the episode ends.
-    """
+    """What the simulator makes of states [N, obs_dim] and actions [N, act_dim]: the mask [N] of
+    rows whose s' can be known, and of these the s', the rewards, and whether the episode ends."""
     nq = NQ[env_id]
     known = np.isfinite(observations).all(1)
     if env_id != "HalfCheetah-v4":  # where a velocity is clipped, the true one is unknown
@@ -54,21 +49,21 @@ def replay(env_id, observations, actions):
 
 
 def dynamics_scores(env_id, data):
-    """Compare generated transitions (dict of `edm.unpack`) with the simulator (Figure 5). Returns a dict:
+    """Compare transitions, a dict of `edm.unpack`, with the simulator (Figure 5). Returns a dict.
 
-    dynamics: median over the rows of the squared error of s', mean over its dimensions, in raw units. Rows that are
-        terminal in the data or the simulator are left out, because D4RL's s' is another episode's there.
-    reward: median squared error of the reward on the same rows.
+    dynamics, reward: medians of the squared errors of s' (the mean over its dimensions) and r, in
+        raw units, without terminal rows, because D4RL's s' is another episode's there.
     falls: share of rows that end the episode in the simulator.
-    recall, precision: share of these rows that the data call terminal, and of the terminal rows that are such.
-    """
+    recall: share of these that are terminal in the data.
+    precision: share of the terminal rows that end the episode in the simulator."""
     known, next_observations, rewards, falls = replay(env_id, data["observations"], data["actions"])
     data = {key: x[known] for key, x in data.items()}
-    going_on = ~data["terminals"] & ~falls
+    goes_on = ~data["terminals"] & ~falls
+    error = ((data["next_observations"] - next_observations) ** 2).mean(1)
     hits = (data["terminals"] & falls).sum()
     return {
-        "dynamics": float(np.median(((data["next_observations"] - next_observations) ** 2).mean(1)[going_on])),
-        "reward": float(np.median(((data["rewards"] - rewards) ** 2)[going_on])),
+        "dynamics": float(np.median(error[goes_on])),
+        "reward": float(np.median(((data["rewards"] - rewards) ** 2)[goes_on])),
         "falls": float(falls.mean()),
         "recall": float(hits / max(falls.sum(), 1)),
         "precision": float(hits / max(data["terminals"].sum(), 1)),

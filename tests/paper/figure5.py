@@ -1,22 +1,23 @@
-"""How far are new rows from the data, and how true are they (Figure 5)? SynthER's against explicit augmentations.
+"""How far are new rows from the data, and how true are they (Figure 5)? SynthER's against explicit
+augmentations.
 
-    python synther_td3bc.py --env walker2d-medium-replay-v2 --true-next-obs --subsample 0.15 --diffusion-steps 20000 \\
-        --num-samples 100000 --updates 1 --eval-episodes 1          # an experiment, of which only the samples are used
-    python tests/paper/figure5.py --run runs/walker2d-medium-replay-v2__... --env Walker2d-v4 --out figure5.png
+    python tests/paper/figure5.py --run runs/Walker2d-v4__... --env Walker2d-v4 --out figure5.png
 
-Distance: from a new row to the nearest row that the model was trained on, in standardised units. Error: the mean
-squared error of s' and r against the simulator, in raw units. The table shows medians over the rows that it takes.
+Distance: from a new row to the nearest row that the model was trained on, in standardised units.
+Error: the mean squared error of s' and r against the simulator, in raw units. The table shows
+medians over the rows that it takes.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from dynamics import replay
-from runs import launch
+from runs import launch, print_header, print_row
 
 import edm
 import synther_td3bc
@@ -24,54 +25,54 @@ import synther_td3bc
 
 @dataclass
 class Args:
-    run: Path  # folder of a run of an offline script
+    run: Path  # folder of a run of an offline script, of which only the samples are used
     env: str = "Walker2d-v4"  # the simulator
     rows: int = 5_000  # new rows of each kind
     out: str = "figure5.png"  # the picture
 
 
-def training_rows(settings):
-    """The rows [N, dim] that the model of a run was trained on, and the sizes of observations and actions."""
-    data = edm.load_transitions(settings["dataset_path"] or settings["env"], settings["true_next_obs"])
-    rows, obs_dim = edm.pack(**data), data["observations"].shape[1]
-    if settings["subsample"]:
-        count = round(settings["subsample"] * (len(rows) if settings["subsample"] <= 1 else 1))
-        rows = rows[np.random.default_rng(settings["diffusion_seed"]).choice(len(rows), count, replace=False)]
-    return rows, obs_dim, data["actions"].shape[1]
-
-
 def augmented(rows, kind, obs_dim):
-    """Rows with explicit augmentation, whose scale is that of states normalised as the agent's are."""
-    mean, std = rows[:, :obs_dim].mean(0), rows[:, :obs_dim].std(0) + 1e-3
+    """Rows with explicit augmentation, on the scale of states that are normalised as the
+    agent's."""
     rows = rows.clone()
-    for states in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):
+    s, _, _, next_s, _ = edm.split(rows, obs_dim)
+    mean = s.mean(0)
+    std = s.std(0) + 1e-3
+    for states in (s, next_s):
         states.sub_(mean).div_(std)
     synther_td3bc.augment_batch(rows, kind, obs_dim)
-    for states in (rows[:, :obs_dim], rows[:, -1 - obs_dim : -1]):
+    for states in (s, next_s):
         states.mul_(std).add_(mean)
     return rows
 
 
 def main(args):
-    rows, obs_dim, act_dim = training_rows(json.loads((args.run / "args.json").read_text()))
+    settings = SimpleNamespace(**json.loads((args.run / "args.json").read_text()))
+    real = synther_td3bc.keep_subset(settings, synther_td3bc.load_real(settings, []))
+    std, mean = torch.std_mean(real.rows, dim=0)
+    points = (real.rows - mean) / (std + 1e-5)
     torch.manual_seed(0)
-    some = rows[torch.randperm(len(rows))[: args.rows]]
+    some = real.rows[torch.randperm(len(real.rows))[: args.rows]]
     kinds = {"SynthER": edm.pack(**edm.load_transitions(args.run / "synthetic.npz"))[: args.rows]}
-    kinds |= {kind: augmented(some, kind, obs_dim) for kind in ("additive", "multiplicative", "dynamics")}
-    fig, axes = plt.subplots(1, len(kinds), figsize=(14, 3.5), sharex=True, sharey=True, layout="constrained")
-    print("| | distance | error of s' and r |\n|---|---|---|")
-    std, mean = torch.std_mean(rows, dim=0)
+    for kind in ("additive", "multiplicative", "dynamics"):
+        kinds[kind] = augmented(some, kind, real.obs_dim)
+    options = dict(figsize=(14, 3.5), sharex=True, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(kinds), **options)
+    print_header("", "distance", "error of s' and r")
     for ax, (kind, new) in zip(axes, kinds.items()):
-        data = edm.unpack(new, obs_dim, act_dim)
-        known, next_observations, rewards, falls = replay(args.env, data["observations"], data["actions"])
-        distance = torch.cat([torch.cdist((part - mean) / (std + 1e-5), (rows - mean) / (std + 1e-5)).amin(1)
-                              for part in new.split(500)])[known].numpy()  # fmt: skip
+        data = edm.unpack(new, real.obs_dim, real.act_dim)
+        known, *truth, falls = replay(args.env, data["observations"], data["actions"])
+        parts = ((new - mean) / (std + 1e-5)).split(500)
+        distance = torch.cat([torch.cdist(part, points).amin(1) for part in parts])[known].numpy()
         proposed = np.column_stack([data["next_observations"], data["rewards"]])[known]
-        error = ((proposed - np.column_stack([next_observations, rewards])) ** 2).mean(1)
-        alive = ~falls & ~data["terminals"][known]  # s' of the others is another episode's, in D4RL's files
-        ax.scatter(distance[alive], error[alive] + 1e-9, s=2, alpha=0.3)
-        ax.set(title=kind, xlabel="distance to the data", xscale="log", yscale="log", ylim=(1e-6, 1e2))
-        print(f"| {kind} | {np.median(distance[alive]):.2f} | {np.median(error[alive]):.4f} |")
+        error = ((proposed - np.column_stack(truth)) ** 2).mean(1)
+        # s' of the others is another episode's, in D4RL's files
+        goes_on = ~falls & ~data["terminals"][known]
+        ax.scatter(distance[goes_on], error[goes_on] + 1e-9, s=2, alpha=0.3)
+        ax.set(title=kind, xlabel="distance to the data")
+        ax.set(xscale="log", yscale="log", ylim=(1e-6, 1e2))
+        medians = (np.median(distance[goes_on]), np.median(error[goes_on]))
+        print_row(kind, f"{medians[0]:.2f}", f"{medians[1]:.4f}")
     axes[0].set_ylabel("error against the simulator")
     fig.savefig(args.out, dpi=80)
 

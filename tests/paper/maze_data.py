@@ -3,39 +3,35 @@
     python tests/paper/maze_data.py --env maze2d-umaze-v1 --out maze2d_umaze.hdf5
     python synther_td3bc.py --env maze2d-umaze-v1 --dataset-path maze2d_umaze.hdf5
 
-As in D4RL, one long walk to goals drawn at random, on the shortest path over cells, by a proportional-derivative
-controller with noise. `timeouts` mark arrivals, nothing terminates, and a row's reward is that of its own position.
-"""
+As in D4RL, a controller with noise walks to one random goal after the other, on the shortest path
+over cells. `timeouts` mark arrivals, nothing terminates, and a row's reward is that of its own
+position."""
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+import gymnasium as gym
 import h5py
 import numpy as np
 from runs import launch
 
 import edm
-import synther_td3bc
 
 
 @dataclass
 class Args:
-    out: str
-    """file to write, D4RL's layout"""
+    out: str  # file to write, in D4RL's layout
+    # the maze
     env: Literal["maze2d-umaze-v1", "maze2d-medium-v1", "maze2d-large-v1"] = "maze2d-umaze-v1"
-    """the maze"""
-    steps: int = 100_000
-    """transitions (D4RL: 1M, 2M, 4M)"""
-    seed: int = 0
-    """seed of goals and noise"""
+    steps: int = 100_000  # transitions (D4RL: 1M, 2M, 4M)
+    seed: int = 0  # of goals and noise
 
 
 def next_cells(cells, goal):
-    """{cell: its neighbour on a shortest path to the goal} for every free cell, by breadth-first search."""
-    step, queue = {goal: goal}, deque([goal])
-    while queue:
-        i, j = queue.popleft()
+    """{cell: its neighbour on a shortest path to the goal} of all free cells."""
+    step = {goal: goal}
+    queue = [goal]
+    for i, j in queue:  # which grows on the way: a breadth-first search
         for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
             if cell in cells and cell not in step:
                 step[cell] = (i, j)
@@ -44,7 +40,8 @@ def next_cells(cells, goal):
 
 
 def controller(env, observation, goal_cell, goal):
-    """A policy observation -> action that walks from where the ball is to a goal in a cell, with D4RL's gains."""
+    """A policy observation [4] -> action [2] that walks to a goal [2] in a cell, with D4RL's gains
+    of a proportional-derivative controller."""
     step = next_cells(env.cells, goal_cell)
     waypoint = min(env.cells, key=lambda cell: np.abs(observation[:2] - cell).sum())
 
@@ -59,10 +56,10 @@ def controller(env, observation, goal_cell, goal):
 
 
 def main(args):
-    env = synther_td3bc.make_env(args.env).unwrapped
+    env = gym.make(f"tests.paper.mazes:{args.env}").unwrapped
     rng = np.random.default_rng(args.seed)
     observation, _ = env.reset(seed=args.seed)
-    rows = {key: [] for key in ("observations", "actions", "rewards", "timeouts", "infos/goal")}
+    rows = []
     arrived = True
     for _ in edm.Bar(range(args.steps), args.env):
         if arrived:
@@ -73,16 +70,17 @@ def main(args):
         action = np.clip(action, -1, 1).astype(np.float32)
         arrived = np.linalg.norm(observation[:2] - goal) < 0.1
         reward = float(np.linalg.norm(observation[:2] - env.goal) <= 0.5)
-        for key, value in zip(rows, (observation, action, reward, arrived, goal)):
-            rows[key].append(value)
+        rows.append((observation, action, reward, arrived, goal))
         observation = env.step(action)[0]
-    arrays = {key: np.array(x, bool if key == "timeouts" else np.float32) for key, x in rows.items()}
+    names = ("observations", "actions", "rewards", "timeouts", "infos/goal")
+    arrays = {name: np.array(x, np.float32) for name, x in zip(names, zip(*rows))}
+    arrays["timeouts"] = arrays["timeouts"] > 0
     arrays["terminals"] = np.zeros(args.steps, bool)
     arrays["infos/qpos"], arrays["infos/qvel"] = np.split(arrays["observations"], 2, axis=1)
     with h5py.File(args.out, "w") as f:
         for key, x in arrays.items():
             f.create_dataset(key, data=x, compression="gzip")
-    print(f"{args.out}: {sum(rows['timeouts'])} arrivals, mean reward {np.mean(rows['rewards']):.3f}")
+    print(f"{args.out}: {arrays['timeouts'].sum()} arrivals, {arrays['rewards'].sum():.0f} rewards")
 
 
 if __name__ == "__main__":

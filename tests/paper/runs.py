@@ -1,7 +1,5 @@
-"""What the studies share: their start, runs of the scripts, each made once, and a task of DeepMind Control.
-
-Where this folder is on PYTHONPATH, the task is named as `--env runs:cartpole-swingup-v0`.
-"""
+"""What the studies share: start, tables, runs of the scripts, each made once, and an environment,
+which is `--env runs:cartpole-swingup-v0` where this folder is on PYTHONPATH."""
 
 import csv
 import fcntl
@@ -12,7 +10,9 @@ import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -23,14 +23,29 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 import edm  # noqa: E402
 
-ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/paper")])}
+PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests/paper'}"
+ENVIRON = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=PATHS)
+# The size of the paper's offline experiments
+PAPER = dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000)
+TASK = dict(domain="cartpole", task="swingup")
+gym.register("cartpole-swingup-v0", "synther_sac_online:DMC", max_episode_steps=1000, kwargs=TASK)
 
-gym.register("cartpole-swingup-v0", "synther_sac_online:DMC", max_episode_steps=1000,
-             kwargs=dict(domain="cartpole", task="swingup"))  # fmt: skip
+
+@dataclass(kw_only=True)
+class StudyArgs:
+    out: Path  # folder for the runs and their results
+    scale: Literal["cpu", "paper"] = "cpu"  # sizes; paper wants a GPU
+    seeds: int = 1  # 0: nothing is run, the table is of what is recorded
+    workers: int = 2  # runs at a time, one thread each
+
+    def __post_init__(self):
+        self.out = self.out.resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
 
 
 def launch(main, args_class, description):
-    """Call main with the arguments of the command line. Bad input ends it with one sentence and exit code 2."""
+    """Call main with the arguments of the command line. Bad input ends with one sentence and code
+    2."""
     try:
         main(tyro.cli(args_class, description=description))
     except (edm.RunError, OSError, KeyboardInterrupt) as error:
@@ -43,78 +58,132 @@ def words_of(options):
     words = []
     for key, value in options.items():
         flag = key.replace("_", "-")
-        if isinstance(value, bool) and key != "standardize_reward":  # which may be None, and so takes a word
-            words += [f"--{'' if value else 'no-'}{flag}"]
+        # --standardize-reward can be None, too, and so takes a word
+        if isinstance(value, bool) and key != "standardize_reward":
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(value)]
     return words
 
 
 def run(out, name, script, **options):
-    """Make the run out/name of a script, or go on with it, and return its run folder. If it has ended, nothing is done.
-    Paths in the options are relative to `out`. Raises edm.RunError if it fails, or was made with other options."""
-    (out / name).mkdir(parents=True, exist_ok=True)
-    with open(out / name / "log.txt", "a") as log:
+    """Make the run out/name of a script, or go on with it, unless it has ended. Returns its folder.
+    Paths in the options are relative to `out`. RunError if it fails, or is of other options."""
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)  # waits if another process makes this run
-        path = out / name / "options.json"
+        path = folder / "options.json"
         if not path.exists():
             path.write_text(json.dumps(options))
-        if changed := differences(json.loads(path.read_text()), options):
-            raise edm.RunError(f"{out / name} was made with another {changed}: move it away")
-        made = sorted((out / name).glob("*/args.json"))
-        if not made or not (made[-1].parent / "final_returns.npz").exists():
-            words = ["--resume", str(made[-1].parent)] if made else ["--out-dir", name, *words_of(options)]
-            print(f"{name}: {script} {' '.join(words)}", flush=True)
-            command = [sys.executable, ROOT / script, *words]
-            if subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log).returncode != 0:
-                raise edm.RunError(f"{name} has failed, see {log.name}")
-            made = sorted((out / name).glob("*/args.json"))
-    return made[-1].parent
+        check_same(json.loads(path.read_text()), options, f"{folder} was made")
+        words = ["--out-dir", name, *words_of(options)]
+        for made in sorted(folder.glob("*/args.json")):
+            if (made.parent / "final_returns.npz").exists():
+                return made.parent
+            words = ["--resume", str(made.parent)]
+        print(f"{name}: {script} {' '.join(words)}", flush=True)
+        command = [sys.executable, ROOT / script, *words]
+        process = subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log)
+        if process.returncode != 0:
+            raise edm.RunError(f"{name} has failed, see {log.name}")
+    return max(folder.glob("*/args.json")).parent
 
 
-def differences(old, new):
-    """The keys whose values differ, as a text."""
-    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
+def check_same(old, new, what):
+    """RunError if the values of a key differ."""
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        raise edm.RunError(f"{what} with another {', '.join(changed)}: move it away")
+
+
+def read_log(folder):
+    """The logged values of a run, lists by their keys."""
+    logged = defaultdict(list)
+    with open(folder / "metrics.csv") as f:
+        for row in csv.DictReader(f):
+            logged[row["key"]].append(float(row["value"]))
+    return logged
+
+
+def last_values(folder):
+    """Sample quality, size of the diffusion model and return of a run: means over the last three
+    evaluations, so that one bad evaluation does not decide. "score" is the normalised score, or a
+    tenth of the return where there is none (in dmc/ a return is 1,000 at most)."""
+    values = {}
+    for key, x in read_log(folder).items():
+        stage, name = key.split("/")
+        if stage in ("eval", "diffusion") and np.isfinite(x[-1]):
+            values[name] = round(np.mean(x[-3:] if stage == "eval" else x[-1:]), 4)
+    if (folder / "diffusion.pt").exists():  # all numbers that are needed to sample
+        state = edm.load_edm(folder / "diffusion.pt").state_dict()
+        values["parameters"] = sum(x.numel() for x in state.values())
+    return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
+
+
+def at_once(workers, jobs):
+    """Call functions without arguments, `workers` at a time, in their order. Returns what they
+    return. After an error or Ctrl-C no more are begun."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [future.result() for future in futures if not future.cancelled()]
+
+
+def recorded(path):
+    """The entries of a file of results, one JSON object a line."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def record(path, entry):
+    """Add an entry to a file of results, unless another process has added the same."""
+    with open(path, "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        if entry not in recorded(path):
+            f.write(json.dumps(entry) + "\n")
 
 
 def result(path, name, script, source=None, takes=("synthetic_path", "synthetic.npz"), **options):
-    """The values of a run, see `last_values`. If the file `path` (.jsonl) has them, they are read there: results
-    outlive their runs. If not, the run is made in the file's folder, and its options and values are added to the file.
-    `source` is name, script and options of a run that is made before: its file takes[1] becomes the option takes[0].
-    RunError if the file has one of these two with other options, or a source with another score."""
-    own = dict(name=name, script=script, **options) | (dict(source=source[0]) if source else {})
-    if (data := Path(options.get("dataset_path", ""))).suffix:  # a file
+    """The values of a run, see `last_values`. Results outlive their runs: if the file `path`
+    (.jsonl) has them, they are read there. If not, the run is made in its folder, and added to the
+    file. `source` is name, script and options of a run that is made first: its file takes[1]
+    becomes the option takes[0]. RunError if the file has one of the two with other options, or the
+    source with another score."""
+    own = dict(name=name, script=script, **options)
+    if source:
+        own["source"] = source[0]
+    data = Path(options.get("dataset_path", ""))
+    if data.suffix:  # a file
         own["dataset_path"] = data.name
         if (path.parent / data).is_file():
             own["dataset_bytes"] = (path.parent / data).stat().st_size
     old = {entry["name"]: entry for entry in recorded(path)}
     if name in old:
         values = old[name].pop("values")
-        if changed := differences(old[name], {"dataset_bytes": old[name].get("dataset_bytes")} | own):
-            raise edm.RunError(f"{path} has a {name} with another {changed}")
+        own.setdefault("dataset_bytes", old[name].get("dataset_bytes"))
+        check_same(old[name], own, f"{path} has a {name}")
         return values
     if source:
         source_name, source_script, source_options = source
         folder = run(path.parent, source_name, source_script, **source_options)
-        if source_name in old and old[source_name]["values"]["score"] != last_values(folder)["score"]:
-            raise edm.RunError(f"{source_name} was made anew, and came out other than in {path}: take another --out")
+        old_score = old[source_name]["values"]["score"] if source_name in old else None
+        if old_score not in (None, last_values(folder)["score"]):
+            changed = f"{source_name} was made anew, and came out other than in {path}"
+            raise edm.RunError(f"{changed}: take another --out")
         options[takes[0]] = str((folder / takes[1]).relative_to(path.parent))
     values = last_values(run(path.parent, name, script, **options))
-    with open(path, "a") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        if name not in [entry["name"] for entry in recorded(path)]:  # another process may have waited for the same run
-            f.write(json.dumps(own | dict(values=values)) + "\n")
+    record(path, own | dict(values=values))
     return values
-
-
-def recorded(path):
-    """The entries of a file of results."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def every_seed(path, name):
     """The values of all recorded runs that are named `name` and a seed."""
-    return [entry["values"] for entry in recorded(path) if re.fullmatch(re.escape(name) + r"[ -]\d+", entry["name"])]
+    pattern = re.escape(name) + r"[ -]\d+"
+    return [x["values"] for x in recorded(path) if re.fullmatch(pattern, x["name"])]
 
 
 def summary(scores, digits=1):
@@ -123,43 +192,27 @@ def summary(scores, digits=1):
     return f"{np.mean(scores):,.{digits}f}{spread} ({len(scores)})" if len(scores) else ""
 
 
-def last_values(folder):
-    """Sample quality, size of the diffusion model and return of a run: means over the last three evaluations, so that
-    one bad evaluation does not decide. "score" is the normalised score, or a tenth of the return where there is none
-    (1,000 at most in dmc/)."""
-    logged = defaultdict(list)
-    with open(folder / "metrics.csv") as f:
-        for row in csv.DictReader(f):
-            logged[row["key"]].append(float(row["value"]))
-    logged = {key: x[-3:] if key.startswith("eval/") else x[-1:] for key, x in logged.items() if np.isfinite(x[-1])}
-    values = {key.split("/")[1]: round(np.mean(x), 4) for key, x in logged.items() if key.startswith(("eval", "diff"))}
-    if (folder / "diffusion.pt").exists():
-        model = edm.load_edm(folder / "diffusion.pt")
-        values["parameters"] = sum(x.numel() for x in model.state_dict().values())  # all that is needed to sample
-    return values | dict(score=values.get("normalized_score", round(values["return_mean"] / 10, 4)))
+def print_row(*cells):
+    """Print a line of a table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_header(*names):
+    """Print the first two lines of a table."""
+    print_row(*names)
+    print("|" + "---|" * len(names))
 
 
 def draw_scores(path, panels, xlabel="score"):
     """Draw panels[title][label], an array of scores each: a dot for a seed, a bar for the mean."""
-    labels = [*dict.fromkeys(label for own in panels.values() for label in own)]
-    size = 2 + 4 * len(panels), 1 + 0.4 * len(labels)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    labels = list(dict.fromkeys(label for own in panels.values() for label in own))
+    options = dict(figsize=(2 + 4 * len(panels), 1 + 0.4 * len(labels)), layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, **options)
     for ax, (title, own) in zip(axes[0], panels.items()):
         for label, scores in own.items():
-            ax.barh(labels.index(label), np.mean(scores), color="C0", alpha=0.4)
-            ax.plot(scores, np.full(len(scores), labels.index(label)), "o", color="C0")
+            position = labels.index(label)
+            ax.barh(position, np.mean(scores), color="C0", alpha=0.4)
+            ax.plot(scores, np.full(len(scores), position), "o", color="C0")
         ax.set(title=title, xlabel=xlabel, yticks=range(len(labels)), yticklabels=labels)
     axes[0, 0].invert_yaxis()
     fig.savefig(path, dpi=80)
-
-
-def at_once(workers, jobs):
-    """Call functions without arguments, `workers` at a time, in their order. Returns what they return. After an error
-    or Ctrl-C no more are begun."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return [future.result() for future in futures if not future.cancelled()]

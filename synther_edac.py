@@ -73,7 +73,7 @@ class Args(edm.DiffusionArgs):
 
     # Evaluation
     eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
-    eval_episodes: Optional[edm.NotNegativeInt] = None  # at each; 0: none
+    eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
 # An argument that is None takes its value from the first entry that matches --env and has one.

@@ -1,13 +1,12 @@
 """SynthER with IQL: train an offline agent on transitions that a diffusion model generates.
 
 Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section
-4.1, with the agent of Kostrikov et al. (2021). Read `main`, at the end, first.
+4.1, with the agent of Kostrikov et al. (2021). All but the agent is as in
+synther_td3bc.py, which shows more commands.
 
     python synther_iql.py
 
-learns from the replay buffer of an agent whose return on HalfCheetah-v4 had come to 2,350. It ends
-at a score of about 24; with --data real at about 19. More commands are
-in synther_td3bc.py.
+ends at a score of about 24; with --data real at about 19.
 """
 
 import contextlib
@@ -61,7 +60,7 @@ class Args(edm.DiffusionArgs):
     updates: Optional[edm.Count] = None  # of the agent (paper: 1,000,000; quickstart: 40,000)
     batch_size: edm.Count = 256  # transitions per update (paper)
     hidden_dim: edm.Count = 256  # units per hidden layer (paper)
-    hidden_layers: edm.Count = 2  # (paper)
+    hidden_layers: edm.Count = 2  # hidden layers (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's; the actor's falls along a cosine (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: Optional[edm.Fraction] = None  # rate of the targets' moving average (paper: 0.005)
@@ -72,7 +71,7 @@ class Args(edm.DiffusionArgs):
 
     # Evaluation
     eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
-    eval_episodes: Optional[edm.NotNegativeInt] = None  # at each; 0: none
+    eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
 # An argument that is None takes its value from the first entry that matches --env and has one.
@@ -108,7 +107,7 @@ class Actor(nn.Module):
         self.register_buffer("obs_std", torch.ones(obs_dim))
 
     def act(self, observations):
-        """For observations as they come."""
+        """Actions for observations that are not normalised."""
         states = (observations - self.obs_mean) / self.obs_std
         return (self.max_action * self.net(states)).clamp(-self.max_action, self.max_action)
 

@@ -1,9 +1,8 @@
 """SynthER online: SAC learns from its replay buffer and from what a diffusion model makes of it.
 
 Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section
-4.2 and Algorithm 1. The agent is soft actor-critic as in REDQ's code (Chen et al. 2021). Half of
-each batch is generated, which lets it make 20 updates per environment step. Read `main`, at the
-end, first.
+4.2 and Algorithm 1, with soft actor-critic as in REDQ's code (Chen et al. 2021). Half of each batch
+is generated, and there are 20 updates per environment step. Read `main`, at the end, first.
 
     python synther_sac_online.py
 
@@ -19,6 +18,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +28,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, Optional
 
 import gymnasium as gym
@@ -47,8 +48,8 @@ import edm
 @dataclass
 class Args(edm.DiffusionArgs):
     # Experiment
-    env: str = "Pendulum-v1"  # Gymnasium id (HalfCheetah-v4) or dmc/domain-task (dmc/cheetah-run)
-    seed: edm.NotNegativeInt = 0  # of all; a diffusion model's depends on the step, too
+    env: str = "Pendulum-v1"  # Gymnasium id, or dmc/domain-task
+    seed: edm.NotNegativeInt = 0  # of agent, environment, evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     out_dir: str = "runs"  # where the run folder is made
     exp_name: Optional[str] = None  # part of its name (None: synther_sac_online-ALGO)
@@ -56,28 +57,28 @@ class Args(edm.DiffusionArgs):
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "synther"  # for --track
     wandb_entity: Optional[str] = None  # for --track
-    save_dataset: Optional[str] = None  # .hdf5 for the replay buffer; also with --resume
+    save_dataset: Optional[str] = None  # .hdf5 for the replay buffer
 
     # Agent
-    algo: Literal["sac", "redq", "synther"] = "synther"  # sac, redq: without diffusion
+    algo: Literal["sac", "redq", "synther"] = "synther"  # the others are baselines
     synther_ratio: edm.Fraction = 0.5  # share of generated rows in a batch (paper)
-    retrain_every: Optional[edm.Count] = None  # steps between diffusion models (paper: 10,000)
-    warm_start: bool = False  # start them from the last one's weights (paper: anew)
-    standardize_reward: Optional[bool] = None  # for them (paper; official code: not in dmc/)
-    total_steps: Optional[edm.Count] = None  # in the environment (paper: 100,000; dmc/: 200,000)
-    learning_starts: Optional[edm.Count] = None  # random steps before updates (paper: 5,000)
-    utd: Optional[edm.Count] = None  # critic updates per step (paper: 20; sac: 1)
-    num_q: Optional[edm.AtLeastTwo] = None  # critics; a target takes two (paper: 2; redq: 10)
+    retrain_every: Optional[edm.Count] = None  # steps between models (paper: 10,000)
+    warm_start: bool = False  # start a model from the last one's weights
+    standardize_reward: Optional[bool] = None  # (paper: yes; dmc/: no)
+    total_steps: Optional[edm.Count] = None  # (paper: 100,000; dmc/: 200,000)
+    learning_starts: Optional[edm.Count] = None  # steps before updates (paper: 5,000)
+    utd: Optional[edm.Count] = None  # updates per step (paper: 20; sac: 1)
+    num_q: Optional[edm.AtLeastTwo] = None  # critics (paper: 2; redq: 10)
     batch_size: edm.Count = 256  # transitions per update (paper)
     hidden_dim: edm.Count = 256  # units per hidden layer (paper)
-    hidden_layers: edm.Count = 2  # (paper)
+    hidden_layers: edm.Count = 2  # hidden layers (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
-    target_entropy: Optional[float] = None  # None: minus the actions' dimension (official code)
+    target_entropy: Optional[float] = None  # None: minus act_dim
 
     # Evaluation
-    eval_every: Optional[edm.Count] = None  # steps between log, evaluation, checkpoint (1,000)
+    eval_every: Optional[edm.Count] = None  # steps between evaluations (paper: 1,000)
     eval_episodes: edm.NotNegativeInt = 10  # at each (paper); or 0
 
 
@@ -90,6 +91,7 @@ DEFAULTS = {
     | dict(diffusion_steps=100_000, num_samples=1_000_000, standardize_reward=True),
 }
 ALGOS = dict(sac=dict(utd=1, num_q=2), redq=dict(utd=20, num_q=10), synther=dict(utd=20, num_q=2))
+CAPACITY = 1_000_000  # rows in the replay buffer, the last ones
 
 # --- SAC ---
 
@@ -130,12 +132,12 @@ class EnsembleCritic(nn.Module):
         self.biases = nn.ParameterList()
         sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
         for fan_in, fan_out in zip(sizes, sizes[1:]):
-            bound = 1 / math.sqrt(fan_in)  # as in nn.Linear
+            bound = 1 / math.sqrt(fan_in)
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x, members=None):
-        """members: the slice or indices of the Q-functions to evaluate. None: all."""
+        """members: the slice or indices of those to evaluate. None: all."""
         h = x
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             if members is not None:
@@ -160,7 +162,7 @@ class SAC(nn.Module):
         sizes = (args.hidden_dim, args.hidden_layers)
         self.actor = TanhGaussianActor(obs_dim, act_dim, *sizes)
         self.critic = EnsembleCritic(obs_dim + act_dim, *sizes, args.num_q)
-        for name, parameter in self.named_parameters():  # Glorot and Bengio's, as in REDQ's code
+        for name, parameter in self.named_parameters():  # as in REDQ's code
             if "bias" in name:
                 nn.init.zeros_(parameter)
             else:
@@ -168,9 +170,8 @@ class SAC(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(1))
-        self.register_buffer("alpha", torch.full((1,), 0.2))  # REDQ's, before the first update
+        self.register_buffer("alpha", torch.full((1,), 0.2))  # at first
         self.to(args.device)
-
         self.actor_params = [*self.actor.parameters(), self.log_alpha]
         self.critic_params = list(self.critic.parameters())
         self.target_params = list(self.critic_target.parameters())
@@ -182,7 +183,7 @@ class SAC(nn.Module):
 
     def update(self, batch, with_actor):
         """One step of all critics, if asked one of actor and temperature, then one of the targets.
-        The target uses the actor before its step, the actor the critics before theirs."""
+        The target uses the actor before its step, the actor's loss the critics before theirs."""
         s, a, r, next_s, done = edm.split(batch, self.obs_dim)
         with torch.no_grad():
             next_a, log_density = self.actor.sample(next_s)
@@ -200,7 +201,7 @@ class SAC(nn.Module):
             actor_loss = (self.alpha * log_density - q).mean()
             alpha_loss = -self.log_alpha * (log_density.detach() + self.target_entropy).mean()
             self.optimizers["actor"].zero_grad()
-            (actor_loss + alpha_loss).backward(inputs=self.actor_params)  # not the critics'
+            (actor_loss + alpha_loss).backward(inputs=self.actor_params)
             self.optimizers["actor"].step()
             self.alpha.copy_(self.log_alpha.detach().exp())
         self.optimizers["critic"].step()
@@ -211,22 +212,21 @@ class SAC(nn.Module):
 
 # Differs from synther_td3bc.make_update: several batches, the actor's step at the last
 def make_update(args, agent, replay, loss_sums):
-    """A function update() that trains on --utd batches, and adds up the losses."""
+    """A function update() that trains on the --utd batches of a step, and adds up the losses."""
     batch = torch.empty(args.batch_size, replay.rows.shape[1], device=args.device)
 
-    def critic_step():
-        loss_sums.add_(agent.update(batch, with_actor=False))
+    def step(with_actor):
+        loss_sums.add_(agent.update(batch, with_actor))
 
-    def last_step():
-        loss_sums.add_(agent.update(batch, with_actor=True))
-
+    critic_step = functools.partial(step, with_actor=False)
+    last_step = functools.partial(step, with_actor=True)
     if args.device == "cuda":
         critic_step = edm.cuda_graph(critic_step)
         last_step = edm.cuda_graph(last_step)
 
     def update():
         sizes = (args.utd, args.batch_size, args.synther_ratio)
-        batches = sample_batches(replay.real(), replay.synthetic, *sizes)
+        batches = sample_batches(replay.rows[: replay.step], replay.synthetic, *sizes)
         for rows in batches[:-1]:
             batch.copy_(rows)
             critic_step()
@@ -241,9 +241,9 @@ def make_update(args, agent, replay, loss_sums):
 
 # Differs from synther_td3bc.normalized_score: DeepMind Control
 def normalized_score(env_name, returns):
-    """Score of undiscounted returns: 0 is a random policy, 100 an expert. NaN if unknown."""
+    """D4RL's score of undiscounted returns. In dmc/ 1000 gives 100. NaN if unknown."""
     references = {
-        "HalfCheetah-": (-280.178953, 12135.0),  # these are D4RL's
+        "HalfCheetah-": (-280.178953, 12135.0),
         "Hopper-": (-20.272305, 3234.3),
         "Walker2d-": (1.629008, 4592.3),
         "dmc/": (0.0, 1000.0),
@@ -258,32 +258,29 @@ class DMC(gym.Env):
     """A task of the DeepMind Control suite, with flat float32 observations in its own order."""
 
     def __init__(self, domain, task):
-        choose_renderer()  # one task needs one, quadruped-escape
-        from dm_control import suite  # here, because it takes seconds
+        choose_renderer()  # for quadruped-escape
+        from dm_control import rl, suite  # takes seconds
 
+        self.PhysicsError = rl.control.PhysicsError
         self.dm_env = suite.load(domain, task, environment_kwargs=dict(flat_observation=True))
         shape = self.dm_env.observation_spec()["observations"].shape
         bounds = self.dm_env.action_spec()
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         self.action_space = gym.spaces.Box(np.float32(bounds.minimum), np.float32(bounds.maximum))
 
-    def observe(self, time_step):
-        self.observation = time_step.observation["observations"].astype(np.float32)
-        return self.observation
-
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.dm_env.task._random = np.random.RandomState(seed % 2**32)
-        return self.observe(self.dm_env.reset()), {}
+        self.observation = np.float32(self.dm_env.reset().observation["observations"])
+        return self.observation, {}
 
     def step(self, action):
-        from dm_control.rl.control import PhysicsError
-
         try:
             time_step = self.dm_env.step(action)
-        except PhysicsError:  # it has diverged: the episode ends, not terminal, in its last state
+        except self.PhysicsError:  # diverged: the episode ends, not terminal
             return self.observation, 0.0, False, True, {}
-        return self.observe(time_step), time_step.reward, False, time_step.last(), {}
+        self.observation = np.float32(time_step.observation["observations"])
+        return self.observation, time_step.reward, False, time_step.last(), {}
 
 
 # Copied from synther_vd4rl.choose_renderer
@@ -305,8 +302,7 @@ def make_env(name):
     """The environment of a Gymnasium id or dmc/domain-task. RunError if it fails."""
     try:
         if name.startswith("dmc/"):
-            domain, _, task = name.removeprefix("dmc/").partition("-")
-            env = gym.wrappers.TimeLimit(DMC(domain, task), 1_000)
+            env = gym.wrappers.TimeLimit(DMC(*name[4:].split("-", 1)), 1_000)
         else:
             gym.logger.min_level = gym.logger.ERROR  # no warnings about v4
             env = gym.make(name, disable_env_checker=True)
@@ -318,13 +314,13 @@ def make_env(name):
     except Exception as error:  # an environment can fail in any way
         message = " ".join(str(error).split())
         raise edm.RunError(f"cannot make the environment {name}: {message}") from None
-    spaces = (env.observation_space, env.action_space)
-    bounds = np.zeros((2, 1))  # lower and upper bounds of actions
-    if all(len(space.shape or ()) == 1 for space in spaces) and spaces[1].dtype.kind == "f":
-        bounds = np.stack([spaces[1].low, spaces[1].high])
-    if (bounds[0] >= bounds[1]).any() or np.abs(bounds).max() >= 1e9:
-        supported = "only flat Box spaces with float actions in a range are supported"
-        raise edm.RunError(f"{name} has {spaces}; {supported}")
+    states = env.observation_space
+    actions = env.action_space
+    is_flat = all(len(space.shape or ()) == 1 for space in (states, actions))
+    has_range = is_flat and actions.dtype.kind == "f" and (actions.low < actions.high).all()
+    if not has_range or np.abs([actions.low, actions.high]).max() >= 1e9:
+        needed = "flat Box spaces with float actions in a range"
+        raise edm.RunError(f"{name} has {states} and {actions}, not {needed}")
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return gym.wrappers.ClipAction(env)
 
@@ -353,51 +349,33 @@ def evaluate(policy, envs, seed):
 
 # --- Replay buffer ---
 
-CAPACITY = 1_000_000  # rows
-
-
-@dataclass
-class ReplayBuffer:
-    rows: torch.Tensor  # [s, a, r, s', d] of the environment; a full buffer drops the oldest
-    synthetic: torch.Tensor  # those that a diffusion model has generated
-    step: int = 0  # environment steps so far
-    model_step: int = 0  # the step at which that model was trained
-
-    def real(self):
-        return self.rows[: self.step]
-
 
 def sample_batches(real, synthetic, num_batches, batch_size, ratio):
     """Batches [num_batches, batch_size, dim] (Algorithm 1, line 9). int(batch_size * ratio) rows of
     each are from synthetic [M, dim], if M > 0, the others from real [N, dim]."""
     num_synthetic = int(batch_size * ratio) if len(synthetic) else 0
-    shape = (num_batches, batch_size - num_synthetic)
-    batches = real[torch.randint(len(real), shape, device=real.device)]
-    if num_synthetic > 0:
-        shape = (num_batches, num_synthetic)
-        chosen = torch.randint(len(synthetic), shape, device=real.device)
-        batches = torch.cat([batches, synthetic[chosen]], dim=1)
-    return batches
+    parts = []
+    for rows, count in ((real, batch_size - num_synthetic), (synthetic, num_synthetic)):
+        if count > 0:
+            chosen = torch.randint(len(rows), (num_batches, count), device=rows.device)
+            parts.append(rows[chosen])
+    return torch.cat(parts, dim=1)
 
 
 def save_dataset(path, env, replay):
     """Write the rows of the environment, the oldest first, to an HDF5 file in D4RL's layout, with
     actions in the environment's own units. The last row ends an episode."""
     obs_dim = env.observation_space.shape[0]
-    rows = replay.real().cpu().roll(-replay.step, 0)
+    rows = replay.rows[: replay.step].cpu().roll(-replay.step, 0)
     data = edm.unpack(rows, obs_dim)
     space = env.env.env.action_space  # before ClipAction and RescaleAction
     data["actions"] = (space.low + space.high) / 2 + (space.high - space.low) / 2 * data["actions"]
-    is_last = edm.episode_starts(rows, obs_dim).roll(-1).numpy()
-    data["timeouts"] = is_last & ~data["terminals"]
-
-    def write(f):
-        options = dict(compression="gzip", compression_opts=9, shuffle=True)
-        with h5py.File(f, "w") as file:
-            for key, x in data.items():
-                file.create_dataset(key, data=x, **options)
-
-    edm.save_atomically(path, write)
+    data["timeouts"] = edm.episode_starts(rows, obs_dim).roll(-1).numpy() & ~data["terminals"]
+    file = io.BytesIO()
+    with h5py.File(file, "w") as f:
+        for key, x in data.items():
+            f.create_dataset(key, data=x, compression="gzip", shuffle=True)
+    edm.save_atomically(path, lambda f: f.write(file.getbuffer()))
 
 
 # --- Run folder ---
@@ -478,7 +456,7 @@ class Run:
 @torch.no_grad()
 def act(args, env, agent, replay, obs):
     """Make an environment step and store its row. Returns the next observation."""
-    obs = np.array(obs)  # some environments write the next one into the same array
+    obs = np.array(obs)  # environments may reuse the array
     t = replay.step
     if t <= args.learning_starts:
         action = 2 * torch.rand(agent.act_dim, device=args.device) - 1
@@ -487,51 +465,48 @@ def act(args, env, agent, replay, obs):
         action = agent.actor.sample(s[None])[0][0]
     action = action.cpu().numpy()  # the only wait in training
     if not np.isfinite(action).all():
-        what = "the agent's action" if np.isfinite(obs).all() else f"the observation of {args.env}"
-        raise edm.RunError(f"{what} is not finite at environment step {t}")
+        what = "the agent's action" if np.isfinite(obs).all() else "an observation"
+        raise edm.RunError(f"{what} became NaN or Inf at step {t}")
     next_obs, reward, terminated, truncated, _ = env.step(action)
     # A fall on the very step of the time limit is terminal too. In the official code it is not.
-    parts = [obs, action, np.ravel(reward), next_obs, [terminated]]
-    row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
-    if not row.isfinite().all():
-        what = f"observation {next_obs}, reward {reward}"
-        raise edm.RunError(f"{args.env} gave NaN or Inf at step {t}: {what}")
-    replay.rows[t % len(replay.rows)] = row.to(args.device)
+    row = np.concatenate([obs, action, np.ravel(reward), next_obs, [terminated]], dtype=np.float32)
+    if not np.isfinite(row).all():
+        raise edm.RunError(f"{args.env} gave NaN or Inf at step {t}")
+    replay.rows[t % len(replay.rows)] = torch.from_numpy(row).to(args.device)
     replay.step += 1
     return env.reset()[0] if terminated or truncated else next_obs
 
 
 def retrain(args, run, agent, replay, save):
-    """Train a new diffusion model and replace the generated rows (Algorithm 1, lines 6 to 8).
-    save() writes the checkpoint. Returns the seconds that it took."""
-    save()  # so that a kill costs no more than this model
+    """Algorithm 1, lines 6 to 8: a new model, and new synthetic rows. Returns their seconds."""
+    save()  # in case of a kill
     start = time.time()
     path = run.folder / "diffusion.pt"
     last = edm.load_edm(path) if args.warm_start and replay.model_step > 0 else None
 
-    def make(dim, recipe):  # the paper's recipe has 128 offline
+    def make(dim, recipe):  # 128 offline
         model = edm.EDM(dim, recipe, time_dim=256 if recipe.time_dim else None)
         if last:
             model.denoiser.load_state_dict(last.denoiser.state_dict())
         return model
 
-    real = replay.real().cpu()
-    has_terminals = not args.env.startswith("dmc/")  # else d is 0, and not part of the model
-    columns = real if has_terminals else real[:, :-1]
-    raw_columns = [-1] if has_terminals else []
+    real = replay.rows[: replay.step].cpu()
+    is_dmc = args.env.startswith("dmc/")  # d is 0 there, and not modelled
+    columns = real[:, :-1] if is_dmc else real
+    raw_columns = [] if is_dmc else [-1]
     if not args.standardize_reward:
         raw_columns.append(agent.obs_dim + agent.act_dim)
     seed = (args.seed + args.diffusion_seed) * 1_000_003 + replay.step
-    values = {}  # to log
+    values = {}
     quiet = copy.copy(edm.NO_RUN)
     quiet.log = lambda step, loss: values.update(loss)
     options = dict(make=make, raw_columns=raw_columns, device=args.device, run=quiet)
     model = edm.train_edm(columns, replace(args, diffusion_seed=seed), **options)
     clock = time.time()
-    if has_terminals:  # 0 or 1; in the official code they are not rounded
-        rows = edm.generate_transitions(model, real, args.num_samples, seed)
-    else:
+    if is_dmc:
         rows = F.pad(edm.generate(model, args.num_samples, seed), (0, 1))
+    else:  # rounds d; the official code does not
+        rows = edm.generate_transitions(model, real, args.num_samples, seed)
     values["perf/diffusion_seconds"] = clock - start
     values["perf/samples_per_sec"] = len(rows) / (time.time() - clock)
     edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, agent.obs_dim))
@@ -542,7 +517,7 @@ def retrain(args, run, agent, replay, save):
     run.log(replay.step, values | {f"diffusion/{key}": x for key, x in report.items()})
     replay.synthetic = rows.to(args.device)
     replay.model_step = replay.step
-    edm.save_edm(path, model)  # until here a warm start needs the last one
+    edm.save_edm(path, model)  # only now: a warm start needs the last
     save()
     edm.plot_marginals(run.folder / "marginals.png", real, rows, agent.obs_dim, agent.act_dim)
     return time.time() - start
@@ -550,10 +525,9 @@ def retrain(args, run, agent, replay, save):
 
 # Differs from synther_td3bc.train: an environment, and diffusion models on the way
 def train(args, run, agent, replay, env, envs):
-    """Algorithm 1. At 0 and after every --eval-every environment steps: log, evaluate, save.
-    Gives the evaluations, a list of (steps, returns)."""
-    evaluations = []
-    first = 0
+    """Algorithm 1. Gives the evaluations, a list of (steps, returns), one every --eval-every."""
+    evaluations = run.saved.get("evaluations", [])
+    first = run.saved.get("step", -1) + 1
     loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
     parts = {"agent": agent} | agent.optimizers
     rng = torch.cuda if args.device == "cuda" else torch
@@ -561,21 +535,19 @@ def train(args, run, agent, replay, env, envs):
         for name, part in parts.items():
             part.load_state_dict(run.saved[name])
         replay.step = run.saved["step"]
-        replay.real()[:] = run.saved["replay"]
+        replay.rows[: replay.step] = run.saved["replay"]
         replay.model_step = run.saved["model_step"]
         if replay.model_step > 0:
             data = edm.load_transitions(run.folder / "synthetic.npz")
             replay.synthetic = edm.pack(**data).to(args.device)
-        evaluations = run.saved["evaluations"]
-        first = replay.step + 1
         loss_sums.copy_(run.saved["loss_sums"])
         rng.set_rng_state(run.saved["rng"].cpu())
 
     def save():
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(stage="agent", step=replay.step, model_step=replay.model_step)
-        state |= dict(replay=replay.real().clone(), evaluations=evaluations, loss_sums=loss_sums)
-        run.save(state | dict(rng=rng.get_rng_state()))
+        state |= dict(evaluations=evaluations, loss_sums=loss_sums, rng=rng.get_rng_state())
+        run.save(state | dict(replay=replay.rows[: replay.step].clone()))
 
     update = make_update(args, agent, replay, loss_sums)
     obs, _ = env.reset(seed=args.seed + 1_003 * replay.step)
@@ -590,43 +562,31 @@ def train(args, run, agent, replay, env, envs):
             obs = act(args, env, agent, replay, obs)
         if step > args.learning_starts:
             update()
-        if step % args.eval_every == 0 or step == args.total_steps:
-            log_losses(args, run, agent, step, loss_sums, time.time() - clock)
-            if envs:
-                returns = log_evaluation(args, run, agent, step, envs)
-                evaluations.append((step, returns.tolist()))
+        is_boundary = step % args.eval_every == 0 or step == args.total_steps
+        if is_boundary and step > args.learning_starts:
+            count = min((step - 1) % args.eval_every + 1, step - args.learning_starts)
+            rate = args.utd * count / (time.time() - clock)
+            critic_loss, actor_loss = (loss_sums / count).tolist()
+            if not math.isfinite(critic_loss + actor_loss):
+                raise edm.RunError(f"a loss became NaN or Inf before step {step}")
+            values = {"train/critic_loss": critic_loss / args.utd, "train/actor_loss": actor_loss}
+            values |= {"train/alpha": agent.alpha.item(), "perf/updates_per_sec": rate}
+            run.log(step, values)
+            loss_sums.zero_()
+        if is_boundary and envs:
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # faster for few rows
+            returns = evaluate(actor.act, envs, args.seed + 10_000)
+            evaluations.append((step, returns.tolist()))
+            values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
+            score = normalized_score(args.env, returns.mean())
+            if math.isfinite(score):
+                values["eval/normalized_score"] = score
+            run.log(step, values | {"perf/seconds": time.time() - run.start_time})
+            bar.set_postfix(return_mean=f"{returns.mean():.1f}", refresh=False)
+        if is_boundary or bar.stop:
             save()
             clock = time.time()
-        elif bar.stop:
-            save()
     return evaluations
-
-
-def log_losses(args, run, agent, step, loss_sums, seconds):
-    """Log the means since the last evaluation, and set the sums to 0."""
-    count = step % args.eval_every or args.eval_every
-    count = min(count, step - args.learning_starts)  # steps with updates
-    if count <= 0:
-        return
-    critic_loss, actor_loss = (loss_sums / count).tolist()
-    if not math.isfinite(critic_loss + actor_loss):
-        raise edm.RunError(f"a loss became NaN or Inf before environment step {step}")
-    values = {"train/critic_loss": critic_loss / args.utd, "train/actor_loss": actor_loss}
-    values["train/alpha"] = agent.alpha.item()
-    run.log(step, values | {"perf/updates_per_sec": args.utd * count / seconds})
-    loss_sums.zero_()
-
-
-def log_evaluation(args, run, agent, step, envs):
-    """Evaluate the actor and log the scores. Gives the returns [len(envs)]."""
-    actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
-    returns = evaluate(actor.act, envs, args.seed + 10_000)  # in the official code ever new ones
-    values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-    score = normalized_score(args.env, returns.mean())
-    if math.isfinite(score):
-        values["eval/normalized_score"] = score
-    run.log(step, values | {"perf/seconds": time.time() - run.start_time})
-    return returns
 
 
 # Differs from synther_td3bc.write_results: environment steps, not updates
@@ -660,20 +620,18 @@ def fill_args(args):
     edm.check_args(args)
     first_model = args.retrain_every if args.algo == "synther" else 0
     if max(args.learning_starts, first_model) >= args.total_steps:
-        names = "--learning-starts and --retrain-every"
-        raise edm.RunError(f"{names} must be less than --total-steps {args.total_steps}")
+        raise edm.RunError("--total-steps must exceed --learning-starts and --retrain-every")
     if args.save_dataset:
         path = Path(args.save_dataset)
         is_new = args.resume or not path.exists()
         if path.suffix not in (".hdf5", ".h5") or not path.parent.is_dir() or not is_new:
-            wanted = "a new .hdf5 file in an existing folder"
-            raise edm.RunError(f"--save-dataset must be {wanted}, not {path}")
+            raise edm.RunError(f"--save-dataset must be a new .hdf5 file in a folder, not {path}")
 
 
 def main(args):
     """Environment -> replay buffer -> diffusion model -> generated transitions -> agent."""
     fill_args(args)
-    edm.join_processes(args.device)  # under torchrun, all processes but the first stay there
+    edm.join_processes(args.device)  # under torchrun, only the first returns
     env = make_env(args.env)
     envs = [make_env(args.env) for _ in range(args.eval_episodes)]
     obs_dim = env.observation_space.shape[0]
@@ -681,9 +639,10 @@ def main(args):
     run = Run(args)
     torch.manual_seed(args.seed)
     agent = SAC(obs_dim, act_dim, args)
-    capacity = min(args.total_steps, CAPACITY)
-    rows = torch.zeros(capacity, 2 * obs_dim + act_dim + 2, device=args.device)
-    replay = ReplayBuffer(rows, synthetic=rows[:0])
+    size = (min(args.total_steps, CAPACITY), 2 * obs_dim + act_dim + 2)
+    rows = torch.zeros(size, device=args.device)
+    # The environment steps so far, and as many as there were at the last diffusion model
+    replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0)
     evaluations = train(args, run, agent, replay, env, envs)
     if args.save_dataset and not Path(args.save_dataset).exists():
         save_dataset(args.save_dataset, env, replay)

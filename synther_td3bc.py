@@ -65,7 +65,7 @@ class Args(edm.DiffusionArgs):
     updates: Optional[edm.Count] = None  # of the agent (paper: 1,000,000; quickstart: 50,000)
     batch_size: edm.Count = 256  # transitions per update (paper)
     hidden_dim: edm.Count = 256  # units per hidden layer (paper)
-    hidden_layers: edm.Count = 2  # (paper)
+    hidden_layers: edm.Count = 2  # hidden layers (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
@@ -76,7 +76,7 @@ class Args(edm.DiffusionArgs):
 
     # Evaluation
     eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
-    eval_episodes: Optional[edm.NotNegativeInt] = None  # at each; 0: none
+    eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
 # An argument that is None takes its value from the first entry that matches --env and has one.
@@ -107,7 +107,7 @@ class Actor(nn.Module):
         return self.max_action * self.net(states)
 
     def act(self, observations):
-        """For observations as they come."""
+        """Actions for observations as the environment gives them, not normalised."""
         return self((observations - self.obs_mean) / self.obs_std)
 
 
@@ -220,7 +220,7 @@ def make_update(args, agent, rows, loss_sums):
         augment_batch(batch, args.augment, agent.obs_dim)
         loss_sums[0] += agent.update_critic(batch)
 
-    def actor_step():  # on the same batch; its mean is over critic updates, too
+    def actor_step():  # on the same batch; logged means are over all updates
         loss_sums[1] += args.policy_freq * agent.update_actor(batch)
 
     if args.device == "cuda":

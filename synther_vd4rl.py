@@ -10,9 +10,8 @@ of stage 1 is the "Original" of Table 4, that of stage 2 is "SynthER".
 
     python synther_vd4rl.py --env walker-walk-expert --dataset-path vd4rl_data
 
-is the paper's, and wants a GPU. `vd4rl_data` is the folder that holds `main/`, from
-https://github.com/conglu1997/v-d4rl; `python tests/paper/vd4rl_data.py` renders a small one. Other
-experiments:
+is the paper's experiment, for a GPU. `vd4rl_data` holds `main/` of github.com/conglu1997/v-d4rl.
+`python tests/paper/vd4rl_data.py` renders a small one. Other experiments:
 
     --data real                        # the control: heads on real latent transitions
     --data real --agent-path runs/...  # another stage 2, after the same stage 1
@@ -56,7 +55,7 @@ class Args(edm.DiffusionArgs):
     seed: edm.NotNegativeInt = 0  # of the agent and its evaluations
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     out_dir: str = "runs"  # where the run folder is made
-    exp_name: Optional[str] = None  # part of its name (None: synther_vd4rl-ALGO-DATA)
+    exp_name: Optional[str] = None  # part of the folder's name (synther_vd4rl-ALGO-DATA)
     resume: Optional[str] = None  # run folder to go on with
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "synther"  # for --track
@@ -69,9 +68,9 @@ class Args(edm.DiffusionArgs):
 
     # Agent
     algo: Literal["drqbc", "bc"] = "drqbc"  # bc: behaviour cloning, without critics
-    latent: Literal["both", "actor", "critic"] = "both"  # whose features (Table 13)
-    stage1_updates: edm.Count = 550_000  # gradient updates from images (paper)
-    stage2_updates: edm.Count = 550_000  # gradient updates of the new heads (paper: not said)
+    latent: Literal["both", "actor", "critic"] = "both"  # trunks that make the latents (Table 13)
+    stage1_updates: edm.Count = 550_000  # from images (paper: half of 1.1M iterations)
+    stage2_updates: edm.Count = 550_000  # of the new heads (not in the paper)
     nstep: Optional[edm.Count] = None  # steps of a return (V-D4RL's DrQ+BC: 3; paper, BC: 1)
     batch_size: edm.Count = 256  # transitions per update (paper)
     hidden_dim: edm.Count = 1024  # units per hidden layer of the heads (paper)
@@ -80,8 +79,8 @@ class Args(edm.DiffusionArgs):
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: edm.Fraction = 0.01  # rate of the targets' moving average (paper)
     alpha: edm.NotNegative = 2.5  # weight of Q against behaviour cloning (paper)
-    noise_duration: edm.Count = 125_000  # updates until noise falls from 1 to 0.1 (paper)
-    noise_clip: edm.NotNegative = 0.3  # limit of that noise, on actions (paper)
+    noise_duration: edm.Count = 125_000  # updates until noise on actions falls to 0.1 (paper)
+    noise_clip: edm.NotNegative = 0.3  # limit of that noise (paper)
 
     # Evaluation
     eval_every: edm.Count = 5_000  # updates between evaluations, each with log and checkpoint
@@ -115,12 +114,12 @@ class EnsembleCritic(nn.Module):
         self.biases = nn.ParameterList()
         sizes = [in_dim] + [hidden_dim] * hidden_layers + [1]
         for fan_in, fan_out in zip(sizes, sizes[1:]):
-            bound = 1 / math.sqrt(fan_in)  # PyTorch's default for a linear layer
+            bound = 1 / math.sqrt(fan_in)
             self.weights.append(torch.empty(num_critics, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(num_critics, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x, members=None):
-        """members: the slice or indices of the Q-functions to evaluate. None: all."""
+        """members: the slice or indices of those to evaluate. None: all."""
         h = x
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             if members is not None:
@@ -221,7 +220,7 @@ class DrQBC(nn.Module):
         return torch.cat([self.actor_trunk(h), self.critic_trunk(h)], dim=1)
 
     def noisy(self, mean, noise):
-        """Actions: mean and noise of up to noise_clip, cut to (-1, 1). Their gradient is not cut."""
+        """Actions: mean and noise of up to noise_clip, cut to (-1, 1). The gradient is not cut."""
         clip = self.args.noise_clip
         a = mean + (noise * torch.randn_like(mean)).clamp(-clip, clip)
         return a + (a.clamp(-1 + 1e-6, 1 - 1e-6) - a).detach()
@@ -301,8 +300,7 @@ LEVELS |= dict(medexp="medium_expert", expert="expert")
 
 
 def find_files(args):
-    """The dataset's files, sorted. Sets args.dataset_path, if it is None, after a download. RunError
-    if there are none."""
+    """The dataset's files, sorted. A download sets args.dataset_path. RunError if none."""
     match = re.fullmatch(r"(walker-walk|cheetah-run)-(\w+)", args.env)
     if not match or match[2] not in LEVELS:
         known = f"walker-walk or cheetah-run, then -{', -'.join(LEVELS)}"
@@ -353,8 +351,7 @@ def read_files(files, args):
 
 
 def load_dataset(files, args):
-    """A dict of the images and of the transitions of nstep steps between them, as tensors. RunError
-    where the files are not V-D4RL's.
+    """A dict of tensors: images and transitions of nstep steps. RunError if there are none.
 
     frames [N, 3, 84, 84] uint8: all images.
     row [M]: the row of a transition's action, from image row - 1 to row - 1 + nstep.
@@ -400,12 +397,11 @@ def shifted(data, chosen, steps):
 
 
 def draw_images(args, data):
-    """A batch from the dataset: the arguments of DrQBC.update without the noise."""
+    """A batch from the dataset: the arguments of DrQBC.update without the noise. next_x is only
+    for critics."""
     chosen = torch.randint(len(data["row"]), (args.batch_size,), device=args.device)
     x = shifted(data, chosen, 0)
-    next_x = x  # which behaviour cloning does not look at
-    if args.algo == "drqbc":
-        next_x = shifted(data, chosen, args.nstep)
+    next_x = shifted(data, chosen, args.nstep) if args.algo == "drqbc" else x
     a, r, discount = [data[key][chosen] for key in ("action", "reward", "discount")]
     return x, a, r, discount, next_x
 
@@ -423,9 +419,8 @@ def draw_latents(args, rows, latent_dim):
 def extract_latents(agent, data, args):
     """Rows [z, a, r, z'] of all transitions, on the CPU. Each stack of images is shifted once."""
     torch.manual_seed(args.diffusion_seed)
-    num_rows = len(data["row"])
-    rows = torch.empty(num_rows, 2 * agent.latent_dim + agent.act_dim + 1)
-    for chosen in edm.Bar(torch.arange(num_rows, device=args.device).split(256), "latents"):
+    rows = torch.empty(len(data["row"]), 2 * agent.latent_dim + agent.act_dim + 1)
+    for chosen in edm.Bar(torch.arange(len(rows), device=args.device).split(256), "latents"):
         z = agent.latents(shifted(data, chosen, 0))
         next_z = agent.latents(shifted(data, chosen, args.nstep))
         parts = [z, data["action"][chosen], data["reward"][chosen][:, None], next_z]
@@ -536,13 +531,13 @@ def evaluate(policy, env, episodes, seed):
 
 # Copied from synther_td3bc.parse_args
 def parse_args():
-    """The command line's arguments. With --resume, those that the run was started with."""
+    """The command line's arguments; with --resume, those of that run."""
     args = tyro.cli(Args, description=__doc__)
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise edm.RunError(f"{args.resume} is not such a run folder: {error}") from None
+            raise edm.RunError(f"{args.resume} is not a run folder: {error}") from None
         args = tyro.cli(Args, default=saved)
         free = ("resume", "track", "wandb_project", "wandb_entity")
         for name, value in vars(args).items():
@@ -553,7 +548,7 @@ def parse_args():
 
 # Copied from synther_td3bc.Run
 class Run:
-    """The folder of a run: arguments, log, and the checkpoint, which must be of these data, bytes."""
+    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
 
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
@@ -576,7 +571,6 @@ class Run:
             (self.folder / "args.json").write_text(text)
         print(f"run folder: {self.folder}")
         edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {self.folder}")
-
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
         if self.checkpoint.exists():
@@ -595,7 +589,7 @@ class Run:
         for key, value in values.items():
             self.metrics.write(f"{step},{key},{float(value)}\n")
         if self.wandb:
-            with contextlib.suppress(Exception):  # its failure does not end the run
+            with contextlib.suppress(Exception):  # it may fail
                 self.wandb.log(values | {"step": step})
 
     def save(self, state):
@@ -657,10 +651,8 @@ def generate_synthetic(args, run, agent, real):
     rows = edm.generate(model, args.num_samples, args.diffusion_seed)
     rate = len(rows) / (time.time() - clock)
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
-    sizes = (agent.latent_dim, agent.act_dim)
-    arrays = edm.unpack(F.pad(rows, (0, 1)), *sizes)  # none is terminal
+    arrays = edm.unpack(F.pad(rows, (0, 1)), agent.latent_dim, agent.act_dim)  # all d are 0
     edm.save_npz(run.folder / "synthetic.npz", arrays)
-    edm.plot_marginals(run.folder / "marginals.png", real, rows, *sizes)
     return rows
 
 
@@ -681,6 +673,8 @@ def agent_rows(args, run, agent, real):
             if report["marginal"] < 0.8:
                 print("the samples are not like the data")
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
+            sizes = (agent.latent_dim, agent.act_dim)
+            edm.plot_marginals(run.folder / "marginals.png", real, rows, *sizes)
     print(f"the heads learn from {len(rows):,} latent transitions ({args.data})")
     return rows.to(args.device)
 
@@ -692,8 +686,8 @@ def train(args, run, agent, draw, env, frozen=None):
 
     draw: function () -> the arguments of agent.update without the noise.
     frozen: in stage 2, the agent of stage 1."""
-    updates = args.stage1_updates if agent.stage == "stage1" else args.stage2_updates
-    is_evaluated = frozen and not args.agent_path  # at 0, by the end of stage 1
+    updates = getattr(args, f"{agent.stage}_updates")
+    is_evaluated = agent.stage == "stage2" and not args.agent_path  # at 0: stage 1's end
     evaluations = []
     first = 0
     loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
@@ -771,7 +765,7 @@ def main(args):
     if env and env.act_dim != act_dim:
         raise edm.RunError(f"{args.env} has {env.act_dim} action dimensions, its files {act_dim}")
     if args.agent_path:
-        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # whether it fits
+        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # RunError if it does not fit
     edm.resolve(args, len(data["row"]), args.env, latents=True)
 
     run = Run(args, torch.cat([data["action"], data["reward"][:, None]], dim=1).numpy())
@@ -779,7 +773,7 @@ def main(args):
     data = {key: x.to(args.device) for key, x in data.items()}
     agent, evaluations, offset = train_from_images(args, run, data, env)
     latents_path = run.folder / "latents.pt"
-    if not latents_path.exists():  # a resumed run has them to the last bit
+    if not latents_path.exists():  # a resumed run reads them, to have the same bits
         edm.save_torch(latents_path, extract_latents(agent, data, args))
     real = edm.load_torch(latents_path)
     del data  # this gives back the memory of the images

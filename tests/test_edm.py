@@ -10,9 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Optional
@@ -26,7 +25,6 @@ import torch.nn as nn
 from helpers import command, d4rl_rows, episodes, make_minari, transitions, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minari.data_collector import EpisodeBuffer
 from scipy.stats import ks_2samp, kstest, norm, rankdata
 
 import edm
@@ -48,7 +46,7 @@ def test_number_of_trainable_parameters():
             assert sum(p.numel() for p in Denoiser(dim, **options).parameters()) == count
 
 
-def plain_denoiser(net, x, sigma, waves=0, gated=False):
+def plain_denoiser(net, x, sigma, waves=0, gated=False, residual=True):
     """F_theta for one row x and one noise level, written out from the weights of `net`. Waves have
     their mean factor under the noise in x."""
 
@@ -69,7 +67,7 @@ def plain_denoiser(net, x, sigma, waves=0, gated=False):
     t = linear("time_mlp.2", t / (1 + (-t).exp()))
     h = linear("hidden_in", linear("row_in", torch.cat([x, *sines, *cosines])) + t)
     for i in range(len(net.blocks)):
-        h = linear(f"blocks.{i}", activation(h)) + (h if net.residual else 0)
+        h = linear(f"blocks.{i}", activation(h)) + (h if residual else 0)
     return linear("out", activation(h))
 
 
@@ -77,7 +75,6 @@ def plain_denoiser(net, x, sigma, waves=0, gated=False):
 def test_denoiser_equals_the_formula(float64, options):
     torch.manual_seed(0)
     model = EDM(4, width=16, depth=3, time_dim=8, **options)
-    options.pop("residual", None)
     x = torch.randn(6, 4)
     sigma = torch.tensor([0.002, 0.1, 0.5, 1.0, 7.0, 80.0])
     expected = []
@@ -110,12 +107,10 @@ def test_normaliser_with_knots_adds_a_fifth_of_the_rank_and_keeps_the_range():
     model = EDM(4, width=8, depth=1, knots=1_000)
     model.fit_normalizer(data, raw_columns=[-1])
     z = model.normalize(data)
-
     x = data[:, 0].numpy()
     standardised = 0.8 * (x - x.mean()) / x.std()
     error = z[:, 0].numpy() - standardised - 0.2 * norm.ppf((rankdata(x) - 0.5) / len(x))
     assert np.median(abs(error)) < 1e-3 and abs(error).max() < 0.1  # the ends are steep
-
     x = data[:, 1]
     limited = x == 2.0
     first, last = model.knots[1][model.raw_knots[1] == 2.0].aminmax()
@@ -123,7 +118,6 @@ def test_normaliser_with_knots_adds_a_fifth_of_the_rank_and_keeps_the_range():
     assert limited.float().mean() == pytest.approx(share, abs=0.01)
     assert kstest(z[limited, 1], "uniform", (first, last - first)).statistic < 0.05
     assert (model.unnormalize(z)[limited, 1] == 2.0).all()
-
     assert 0.2 < z[:, 2].std() < 0.5 and torch.equal(z[:, 3], data[:, 3])
     torch.testing.assert_close(model.unnormalize(z), data, rtol=1e-5, atol=1e-5)
     beyond = model.unnormalize(torch.tensor([[-9.0] * 4, [99.0] * 4]))
@@ -171,31 +165,20 @@ def gaussian_denoise(x, sigma):
     return MEAN + (x - MEAN) * SD**2 / (SD**2 + sigma**2)
 
 
-def karras_above_zero(num_steps):
-    return edm.karras_sigmas(num_steps)[:-1]
-
-
 def uneven_sigmas(num_steps):
     """From 80 to 0.002, every second step three times as long in ln(sigma)."""
     lengths = torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(num_steps // 2).cumsum(0)
     return 80 * (0.002 / 80) ** (torch.cat([torch.zeros(1), lengths]) / lengths[-1])
 
 
-@pytest.mark.parametrize("s_churn", [None, 0.0])
-@pytest.mark.parametrize("schedule", [karras_above_zero, uneven_sigmas])
-def test_deterministic_samplers_are_second_order(s_churn, schedule):
-    """The error of dpmpp, and of sde without churn, against the exact solution of the
-    probability-flow ODE falls as num_steps^-2."""
+@pytest.mark.parametrize("sampler", [edm.sample_dpmpp, partial(edm.sample_sde, s_churn=0.0)])
+def test_deterministic_samplers_are_second_order(sampler):
+    """The error against the exact solution of the probability-flow ODE falls as num_steps^-2."""
     x = 80 * torch.linspace(-2, 2, 9, dtype=torch.float64)
     exact = MEAN + (x - MEAN) * math.sqrt((SD**2 + 0.002**2) / (SD**2 + 80**2))  # at sigma_min
     steps = [80, 160, 320, 640]
-    errors = []
-    for n in steps:
-        if s_churn is None:
-            made = edm.sample_dpmpp(gaussian_denoise, x, schedule(n))
-        else:
-            made = edm.sample_sde(gaussian_denoise, x, schedule(n), s_churn)
-        errors.append((made - exact).abs().max().item())
+    made = [sampler(gaussian_denoise, x, uneven_sigmas(n)) for n in steps]
+    errors = [(rows - exact).abs().max() for rows in made]
     slope, _ = np.polyfit(np.log(steps), np.log(errors), 1)
     assert slope == pytest.approx(-2, abs=0.1) and errors[-1] < 2e-4
 
@@ -266,11 +249,10 @@ def two_modes(num_rows, seed=0):
     return torch.from_numpy(np.stack([x, y], axis=1)).float()
 
 
-def diffusion_args(checkpoint_every=5_000, **options):
+def diffusion_args(**options):
     """Options without their prefix, and by default those of a small model."""
     options = dict(width=32, depth=2, batch_size=32) | options
-    options = {f"diffusion_{name}": value for name, value in options.items()}
-    return DiffusionArgs(checkpoint_every=checkpoint_every, **options)
+    return DiffusionArgs(**{f"diffusion_{name}": value for name, value in options.items()})
 
 
 def recorder(saved=None):
@@ -286,14 +268,14 @@ def weights(model):
 
 
 FAST = dict(time_dim=32, gated=True, waves=3, guidance=1.5, knots=200)  # as many knots as rows
-OWN = dict(batch_size=16, betas=(0.8, 0.95), clip=0.3, ema_decay=0.6, time_dim=8, eta=0.5)
+OWN = dict(batch_size=16, betas=(0.8, 0.95), clip=2.0, ema_decay=0.6, residual=False, sampler="sde")
 
 
 @pytest.mark.parametrize(
     "name, steps, lr, options, decay_limit",
     [
         ("paper", 140, 3e-2, {}, 0.995),
-        ("fast", 800, 3e-3, FAST, 3 / 8),
+        ("fast", 900, 3e-3, FAST, 4 / 9),
         ("own", 140, 1e-2, OWN, 0.6),
     ],
 )
@@ -341,7 +323,7 @@ def test_training_equals_a_plain_loop(float64, monkeypatch, name, steps, lr, opt
     torch.testing.assert_close(list(trained.denoiser.parameters()), average, rtol=1e-7, atol=1e-9)
     if name == "fast":
         torch.testing.assert_close(list(trained.early.parameters()), early, rtol=1e-7, atol=1e-9)
-    assert trained.recipe.eta == dict(paper=0, fast=1, own=0.5)[name]
+    assert trained.recipe.sampler == model.recipe.sampler
     assert not any(p.requires_grad for p in trained.parameters())
     last = losses[500:] if steps > 500 else losses
     assert run.logged[steps]["diffusion/loss"] == pytest.approx(np.mean(last))
@@ -351,7 +333,7 @@ def test_resumed_training_equals_uninterrupted():
     """Weights and logged losses are the same to the last bit, from wherever it goes on, before
     and after the early copy at step 60. A checkpoint of other options or data is refused."""
     data = two_modes(200)
-    args = diffusion_args(steps=600, seed=1, checkpoint_every=50)
+    args = replace(diffusion_args(steps=600, seed=1), checkpoint_every=50)
     random_state = torch.get_rng_state()
     whole = recorder({"stage": "agent"})  # is passed over
     expected = edm.train_edm(data, args, run=whole)
@@ -373,9 +355,13 @@ def test_resumed_training_equals_uninterrupted():
 
 
 @pytest.mark.parametrize("lr, scale", [(1e30, 1.0), (1e-3, math.nan)])
-def test_diverging_training_stops_and_says_where(lr, scale):
+def test_loss_and_samples_that_are_not_finite_stop_the_run(lr, scale):
     with pytest.raises(RunError, match="loss became (nan|inf) in the .*steps up to 20"):
         edm.train_edm(scale * two_modes(50), diffusion_args(steps=20, lr=lr))
+    model = EDM(3, width=8, depth=1)
+    model.mean[1] = lr * math.inf * scale
+    with pytest.raises(RunError, match="NaN or Inf"):
+        edm.generate(model, 25)
 
 
 def run_python(code, *words):
@@ -485,10 +471,10 @@ def train_save_load(path, make, rows, **options):
     return loaded
 
 
-@pytest.mark.parametrize("make", [EDM, FlowMatching])
-def test_samples_of_a_loaded_model_follow_the_data(tmp_path, make):
-    """Means, covariances, columns, and the gap between the modes."""
-    model = train_save_load(tmp_path / "model.pt", make, two_modes(5_000), steps=1_500, width=64)
+@pytest.mark.parametrize("make, steps", [(EDM, 1_500), (FlowMatching, 2_500)])
+def test_samples_of_a_loaded_model_follow_the_data(tmp_path, make, steps):
+    """In means, covariances, columns, and the gap between the modes."""
+    model = train_save_load(tmp_path / "model.pt", make, two_modes(5_000), steps=steps, width=64)
     data = two_modes(50_000, seed=1)
     scale = data.std(0)
     for changes in ({}, dict(sampler="sde", sample_steps=128)):
@@ -504,8 +490,8 @@ def test_samples_of_a_loaded_model_follow_the_data(tmp_path, make):
 def test_conditional_model_samples_what_is_asked(tmp_path):
     rows = two_modes(5_000)
     rows = torch.cat([rows, rows[:, :1].sign()], dim=1)
-    path = tmp_path / "model.pt"
-    model = train_save_load(path, Conditional, rows, steps=1_000, recipe="paper")
+    options = dict(steps=1_000, recipe="paper")
+    model = train_save_load(tmp_path / "model.pt", Conditional, rows, **options)
     for asked in (-1.0, 1.0):
         model.asked = asked
         made = edm.generate(model, 1_000)
@@ -523,53 +509,31 @@ def test_samples_have_no_dropout_and_the_batch_norm_of_training(tmp_path):
     assert norm.num_batches_tracked == 50 and (norm.running_var != 1).all()
     torch.manual_seed(0)
     expected = model.sample(20)
-    for mode in (True, False):
-        assert torch.equal(edm.generate(model.train(mode), 20), expected)
+    assert torch.equal(edm.generate(model.train(), 20), expected)
 
 
 # --- Generation -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = EDM(3, width=16, depth=1, sample_steps=5, sample_batch_size=10)
-    model.mean.copy_(torch.tensor([1.0, -2.0, 0.0]))
-    model.std.copy_(torch.tensor([10.0, 0.5, 1.0]))
-    return model
-
-
-@pytest.mark.parametrize("num_samples", [1, 7, 10, 25, 30])
-def test_any_number_of_samples(model, num_samples):
-    rows = edm.generate(model, num_samples)
-    assert rows.shape == (num_samples, 3) and torch.isfinite(rows).all()
-    assert len(rows.unique(dim=0)) == num_samples  # no batch repeats another
-    full = num_samples // 10 * 10
-    assert torch.equal(rows[:full], edm.generate(model, 40)[:full])
-
-
 @pytest.mark.parametrize("changes", [{}, dict(eta=1.0), dict(sampler="sde"), dict(sample_steps=9)])
 @torch.no_grad()
-def test_samples_are_the_samplers_in_raw_units(model, changes):
-    """By the seed alone. Recipe and changes to it mean the same. Changes are for one call."""
+def test_samples_are_the_samplers_by_the_seed_in_raw_units(changes):
+    """The last batch is smaller. Changes are for one call, and otherwise like those of a recipe."""
+    model = EDM(3, width=16, depth=1, sample_steps=5, sample_batch_size=10)
+    model.fit_normalizer(torch.tensor([[1.0, -2.0, 0.0], [10.0, 0.5, 1.0]]))
     sampler = edm.sample_sde if "sampler" in changes else edm.sample_dpmpp
     eta = {key: value for key, value in changes.items() if key == "eta"}
     sigmas = edm.karras_sigmas(changes.get("sample_steps", 5))
     torch.manual_seed(4)
-    x = sigmas[0].item() * torch.randn(10, 3)
-    expected = sampler(model.denoise, x, sigmas, **eta) * model.std + model.mean
-    before = edm.generate(model, 10, seed=4)
-    assert torch.equal(edm.generate(model, 10, seed=4, **changes), expected)
-    assert torch.equal(edm.generate(model, 10, seed=4), before)
+    expected = []
+    for num_rows in (10, 10, 5):
+        x = sigmas[0].item() * torch.randn(num_rows, 3)
+        expected.append(sampler(model.denoise, x, sigmas, **eta) * model.std + model.mean)
+    before = edm.generate(model, 25, seed=4)
+    assert torch.equal(edm.generate(model, 25, seed=4, **changes), torch.cat(expected))
+    assert torch.equal(edm.generate(model, 25, seed=4), before)
     model.recipe = replace(model.recipe, **changes)
-    assert torch.equal(edm.generate(model, 10, seed=4), expected)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_samples_that_are_not_finite_are_refused(model, bad):
-    model.mean[1] = bad
-    with pytest.raises(RunError, match="NaN or Inf"):
-        edm.generate(model, 25)
+    assert torch.equal(edm.generate(model, 25, seed=4), torch.cat(expected))
 
 
 NEW_PROCESS = """
@@ -607,21 +571,15 @@ def test_fast_model_in_a_new_process_needs_no_further_arguments(tmp_path):
     assert (other != rows).any(1).all()
 
 
-# --- Transitions <-> rows -------------------------------------------------------------------------
+# --- Rows and their quality -----------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    n=st.integers(1, 20),
-    obs_dim=st.integers(1, 5),
-    act_dim=st.integers(1, 4),
-    num_extra=st.integers(0, 2),
-    as_tensors=st.booleans(),
-)
-def test_unpack_undoes_pack(n, obs_dim, act_dim, num_extra, as_tensors):
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2))
+def test_unpack_undoes_pack(n, obs_dim, act_dim, num_extra):
     """Extra columns between r and s' are passed over."""
     data = transitions(n, obs_dim=obs_dim, act_dim=act_dim)
-    rows = edm.pack(**{key: torch.from_numpy(x) if as_tensors else x for key, x in data.items()})
+    rows = edm.pack(**data)
     order = ["observations", "actions", "rewards", "next_observations", "terminals"]
     assert rows.dtype == torch.float32
     assert np.array_equal(rows, np.column_stack([data[key] for key in order]))
@@ -638,8 +596,7 @@ def test_unpack_undoes_pack(n, obs_dim, act_dim, num_extra, as_tensors):
 
 
 def test_rows_that_begin_an_episode_are_repeated():
-    """One follows a time limit, whose row is missing, one a terminal, whose s' is the next first
-    state in D4RL."""
+    """The first, one after a time limit, whose row is missing, and one after a terminal."""
     states = torch.arange(1_000.0)
     rows = torch.stack([states, states, states, states + 1, 0 * states], dim=1)  # s, a, r, s', d
     rows[399, 3] = -1
@@ -647,18 +604,11 @@ def test_rows_that_begin_an_episode_are_repeated():
     starts = edm.episode_starts(rows, 1)
     assert starts.nonzero().flatten().tolist() == [0, 400, 701]
     repeated = torch.cat([rows] + 6 * [rows[[0, 400, 701]]])  # seven of each: 21 of 1,018
-    for learned, recipe, mask in (
-        (repeated, "fast", starts),
-        (rows, "fast", None),
-        (rows, "fast", starts & False),
-        (rows, "fast", states % 20 == 0),
-        (rows, "paper", starts),
-    ):
+    cases = [(repeated, "fast", starts), (rows, "paper", starts), (rows, "fast", None)]
+    cases += [(rows, "fast", starts & False), (rows, "fast", states % 20 == 0)]
+    for learned, recipe, mask in cases:
         model = edm.train_edm(rows, diffusion_args(steps=1, recipe=recipe), starts=mask)
         assert torch.equal(model.mean, learned.mean(0))
-
-
-# --- Sample quality -------------------------------------------------------------------------------
 
 
 def sample_rows(n, seed):
@@ -683,8 +633,7 @@ def test_marginal_is_scipys():
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @pytest.mark.parametrize("constant", [0.1, 1000.3])
 def test_correlation_is_numpys(constant):
-    """A column that is constant in the real rows is left out. One only in the generated rows
-    counts as uncorrelated."""
+    """Column 1, constant in the real rows, is left out. Column 2 counts as uncorrelated."""
     real = sample_rows(1_000, 0)
     synthetic = sample_rows(83, 1)
     real[:, 1] = constant
@@ -699,8 +648,7 @@ def test_correlation_is_numpys(constant):
 
 
 def test_classifier_sees_what_the_columns_do_not_show():
-    """Rows of the same distribution cannot be told apart. Rows with the same columns, drawn
-    independently, can."""
+    """Rows of one distribution cannot be told apart, rows of the same columns in disorder can."""
     real = sample_rows(3_000, 0)
     real[:, 1] = real[:, 0] + 0.1 * real[:, 1]
     shuffled = torch.stack([column[torch.randperm(1_500)] for column in real[1_500:].T], dim=1)
@@ -748,22 +696,16 @@ def test_plot_has_a_histogram_of_each_column(tmp_path, monkeypatch, extra):
 # --- Files and progress ---------------------------------------------------------------------------
 
 
-@contextmanager
-def full_disk():
-    """Files cannot grow beyond 1,000 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     arrays = dict(x=torch.zeros(100_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for save in (edm.save_npz, edm.save_torch):
-        with full_disk(), pytest.raises(RunError, match=f"cannot write {path}.*(large|space)"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # bytes, as on a full disk
+        with pytest.raises(RunError, match=f"cannot write {path}.*(large|space)"):
             save(path, arrays)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
         with pytest.raises(RunError, match="cannot write .*No such file or directory"):
             save(tmp_path / "nowhere/file", arrays)
@@ -844,8 +786,7 @@ def test_hdf5_is_loaded_as_d4rl_does(tmp_path, suffix, true_next_obs):
     path = write(tmp_path / f"data{suffix}", raw | {"infos/qpos": np.zeros((3, 2))})
     expected = slow_qlearning_dataset(raw, true_next_obs)
     assert_same_data(edm.load_transitions(path, true_next_obs), expected)
-    for key in ("next_observations", "timeouts"):
-        del raw[key]
+    del raw["next_observations"], raw["timeouts"]
     columns = {key: raw[key].reshape(-1, 1) for key in ("rewards", "terminals")}
     path = write(tmp_path / f"columns{suffix}", raw | columns)
     data = edm.load_transitions(path, max_episode_steps=7)
@@ -879,16 +820,6 @@ def test_hdf5_with_ends_of_another_name(tmp_path, capsys, name):
     assert "no `timeouts`: its episodes end after 7 rows" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
-def test_flags_are_cut_at_a_half(tmp_path, suffix):
-    raw = episodes(50)
-    expected = edm.load_transitions(write(tmp_path / f"flags{suffix}", raw))
-    for no, yes in ((0.01, 0.9), (-0.2, 255), (-1, 1)):
-        flags = {key: np.where(raw[key], yes, no) for key in ("terminals", "timeouts")}
-        path = write(tmp_path / f"{yes}{suffix}", raw | flags)
-        assert_same_data(edm.load_transitions(path), expected)
-
-
 def test_every_row_of_npz_and_minari_is_loaded(tmp_path, monkeypatch):
     data = transitions(50)
     path = write(tmp_path / "data.npz", data | {"more": np.zeros(3)})
@@ -897,22 +828,15 @@ def test_every_row_of_npz_and_minari_is_loaded(tmp_path, monkeypatch):
     assert_same_data(edm.load_transitions("test/two-v0"), data)
 
 
-def test_minari_dataset_without_plain_observations_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    box = gym.spaces.Box(-1, 1, (1,))
-    obs = dict(x=np.zeros((4, 1), np.float32))
-    actions = np.zeros((3, 1), np.float32)
-    buffer = EpisodeBuffer(0, None, None, obs, actions, np.zeros(3), [False] * 3, [False] * 3)
-    spaces = dict(observation_space=gym.spaces.Dict(x=box), action_space=box)
-    with warnings.catch_warnings(action="ignore"):
-        minari.create_dataset_from_buffers("test/dict-v0", [buffer], **spaces)
+def test_minari_dataset_without_plain_observations_is_refused(monkeypatch):
+    dataset = SimpleNamespace(observation_space=gym.spaces.Dict(x=gym.spaces.Discrete(2)))
+    monkeypatch.setattr(minari, "load_dataset", lambda name, download: dataset)
     with pytest.raises(RunError, match=r"its observations are no arrays: Dict\('x'"):
         edm.load_transitions("test/dict-v0")
 
 
 def test_bundled_dataset_is_what_the_simulator_does():
-    """40 episodes of 1000 steps that follow one another, of an agent that learns to run. Each
-    loses its last row."""
+    """40 episodes, each of 1000 rows but the last one, of an agent that learns to run."""
     data = edm.load_transitions("quickstart")
     assert data["observations"].shape == (39_960, 17) and not data["terminals"].any()
     joined = (data["next_observations"][:-1] == data["observations"][1:]).all(1)
@@ -936,7 +860,7 @@ def put_in(value):
 BAD = {
     "NaN": put_in(np.nan),
     "Inf": put_in(-np.inf),
-    "huge": put_in(1e300),
+    "huge": put_in(np.float64(1e300)),
     "complex": lambda x: x + 1j,
     "text": lambda x: x.astype("S5"),
     "one axis less": lambda x: x[..., 0],
@@ -949,7 +873,7 @@ UNUSUAL = {
     "large": lambda x: x * 1e17,
     "float16": lambda x: x.astype(np.float16),
     "int64": lambda x: x.astype(np.int64),
-    "bool": lambda x: x.astype(bool),
+    "cut at a half": lambda x: np.where(x > 0.5, 0.9, -0.2),
 }
 
 
@@ -957,7 +881,7 @@ UNUSUAL = {
 @pytest.mark.parametrize("key", edm.KEYS)
 def test_arrays_are_refused_in_one_sentence_or_used_rightly(tmp_path, suffix, key):
     raw = d4rl_rows(30)
-    raw["timeouts"][:] = False
+    flags = dict(timeouts=np.where(raw["timeouts"], 0.9, 0.1))
     bad = {name: raw | {key: change(raw[key])} for name, change in BAD.items()}
     if suffix == ".npz" or key != "next_observations":
         bad["missing"] = {name: x for name, x in raw.items() if name != key}
@@ -967,13 +891,14 @@ def test_arrays_are_refused_in_one_sentence_or_used_rightly(tmp_path, suffix, ke
             edm.load_transitions(path)
     for name, change in UNUSUAL.items():
         arrays = raw | {key: change(raw[key])}
-        data = edm.load_transitions(write(tmp_path / f"{name}{suffix}", arrays))
+        data = edm.load_transitions(write(tmp_path / f"{name}{suffix}", arrays | flags))
         arrays["terminals"] = arrays["terminals"] > 0.5
         if suffix == ".hdf5":  # s' is the file's, but D4RL's in terminal rows
-            next_obs = arrays["next_observations"][:-1]
+            own = arrays | dict(observations=arrays["next_observations"])
+            own = slow_qlearning_dataset(own)["observations"]
             arrays = slow_qlearning_dataset(arrays)
             ends = np.array(arrays["terminals"])[:, None]
-            arrays["next_observations"] = np.where(ends, arrays["next_observations"], next_obs)
+            arrays["next_observations"] = np.where(ends, arrays["next_observations"], own)
         assert_same_data(data, arrays)
         rows = edm.pack(**data)
         starts = edm.episode_starts(rows, 3)
@@ -996,28 +921,30 @@ def test_unreadable_file_ends_in_one_sentence(tmp_path, suffix):
             edm.load_transitions(path)
 
 
-def test_unknown_dataset_is_refused_with_those_that_are_known():
-    for name in ("walker3d-medium-v2", "data.csv", "maze2d-open-v1", "antmaze-medium-v2"):
-        match = f"unknown dataset {name}; known are .*walker2d-medium-replay-v2"
-        with pytest.raises(RunError, match=match):
-            edm.load_transitions(name)
+@pytest.mark.parametrize("name", ["walker3d-medium-v2", "data.csv", "antmaze-medium-v2"])
+def test_unknown_dataset_is_refused_with_those_that_are_known(name):
+    with pytest.raises(RunError, match=f"unknown dataset {name}; known are .*walker2d-medium-rep"):
+        edm.load_transitions(name)
 
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """The second of two addresses, a folder on this machine. The first has no file."""
-    addresses = [f"file://{tmp_path}/flat/{{file}}", f"file://{tmp_path}/d4rl/{{folder}}/{{file}}"]
-    monkeypatch.setattr(edm, "D4RL_ADDRESSES", addresses)
+    """The second of two addresses, a folder on this machine. The first never answers."""
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.2))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
     for folder in ("gym_mujoco_v2", "maze2d", "ant_maze_v2"):
-        (tmp_path / "d4rl" / folder).mkdir(parents=True)
-    return tmp_path / "d4rl"
+        (tmp_path / folder).mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = f"http://127.0.0.1:{server.getsockname()[1]}/{{file}}"
+        addresses = [silent, f"file://{tmp_path}/{{folder}}/{{file}}"]
+        monkeypatch.setattr(edm, "D4RL_ADDRESSES", addresses)
+        yield tmp_path
 
 
 ANTMAZE = "ant_maze_v2/Ant_maze_{}_multigoal_False_sparse_fixed.hdf5"
 FILES = {
     "walker2d-mixed-v2": "gym_mujoco_v2/walker2d_medium_replay-v2.hdf5",
-    "hopper-full-replay-v2": "gym_mujoco_v2/hopper_full_replay-v2.hdf5",
     "maze2d-large-v1": "maze2d/maze2d-large-sparse-v1.hdf5",
     "antmaze-umaze-v2": ANTMAZE.format("u-maze_noisy_multistart_False"),
     "antmaze-medium-play-v2": ANTMAZE.format("big-maze_noisy_multistart_True"),
@@ -1032,37 +959,31 @@ def test_download_is_cached_under_d4rls_name(mirror, name):
     for _ in range(2):  # the second time from the cache
         assert_same_data(edm.load_transitions(name), slow_qlearning_dataset(episodes(2000)))
         path.unlink(missing_ok=True)
-    assert [file.name for file in (mirror.parent / "cache").iterdir()] == [path.name]
+    assert [file.name for file in (mirror / "cache").iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("problem", ["absent", "error page", "half a file", "silence"])
-def test_failed_download_says_why_then_names_three_ways_out(mirror, monkeypatch, capsys, problem):
+@pytest.mark.parametrize("problem", ["another name", "error page", "half a file"])
+def test_failed_download_says_why_then_names_three_ways_out(mirror, capsys, problem):
     """Nothing broken is ever taken, and no other file. Each failure is one line."""
     name = "antmaze-large-play-v2"
     path = mirror / FILES[name]
     whole = Path(write(path, episodes(2000))).read_bytes()
-    cache = mirror.parent / "cache"
-    contents = {"error page": b"<html>moved</html>", "half a file": whole[: len(whole) // 2]}
-    path.write_bytes(contents.get(problem, b""))
-    if problem == "absent":
-        path.rename(mirror / FILES[name].replace("_fixed", ""))
-    match = rf"put it at {cache / path.name}.*your own.*maze_data.*quickstart[^\n]*\Z"
-    set_timeout = socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
-    with socket.create_server(("127.0.0.1", 0)) as server, monkeypatch.context() as patch:
-        if problem == "silence":
-            address = f"http://127.0.0.1:{server.getsockname()[1]}/{{file}}"
-            patch.setattr(edm, "D4RL_ADDRESSES", [address, address])
-        with pytest.raises(RunError, match=match):
-            edm.load_transitions(name)
+    path.write_bytes(b"<html>moved</html>" if problem == "error page" else whole[:10_000])
+    if problem == "another name":
+        path.write_bytes(whole)
+        path.rename(str(path).replace("_fixed", ""))
+    cached = mirror / "cache" / path.name
+    match = rf"put it at {cached}.*your own.*maze_data.*quickstart[^\n]*\Z"
+    with pytest.raises(RunError, match=match):
+        edm.load_transitions(name)
     said = re.findall("^(downloading|failed:) ", capsys.readouterr().err, flags=re.MULTILINE)
     assert said == ["downloading", "failed:"] * 2
-    assert not list(cache.iterdir()) and socket.getdefaulttimeout() is None
+    assert not list(cached.parent.iterdir()) and socket.getdefaulttimeout() is None
     path.write_bytes(whole)
     assert len(edm.load_transitions(name)["rewards"]) > 1_000
 
 
-# --- Options --------------------------------------------------------------------------------------
+# --- Options and command line ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1091,8 +1012,8 @@ def test_defaults_are_the_papers(name, num_rows, width, batch_size):
 def test_fewer_steps_choose_the_fast_recipe(latents, lr, width):
     fast = dict(diffusion_recipe="fast", diffusion_lr=lr, diffusion_width=width, diffusion_depth=3)
     fast |= dict(diffusion_batch_size=256, terminals="classifier")
-    for given in (dict(diffusion_steps=99_999), dict(diffusion_recipe="fast")):
-        args = edm.resolve(DiffusionArgs(**given), 1_000_000, "hopper-medium-v2", latents)
+    for option in (dict(diffusion_steps=99_999), dict(diffusion_recipe="fast")):
+        args = edm.resolve(DiffusionArgs(**option), 1_000_000, "hopper-medium-v2", latents)
         assert vars(args).items() >= fast.items()
     args = DiffusionArgs(diffusion_steps=50, diffusion_recipe="paper")
     assert edm.resolve(args, 1_000_000, "hopper-medium-v2", latents).diffusion_width == 2048
@@ -1129,8 +1050,6 @@ def test_only_numbers_beyond_the_limits_of_their_type_are_refused(monkeypatch):
             with pytest.raises(RunError, match=f"--{name.replace('_', '-')} cannot be {value}"):
                 edm.check_args(ForkArgs(**{name: value}))
 
-
-# --- Command line ---------------------------------------------------------------------------------
 
 TINY = dict(diffusion_steps=1_000, diffusion_width=16, num_samples=10_250, sample_batch_size=500)
 

@@ -1,38 +1,24 @@
 """Tests of what the scripts share: arguments, run folders and logs, what the agents learn from,
-runs that were stopped.
-
-Whole runs are of the three offline scripts. What these have as copies of one another's functions is
-tested in synther_td3bc.py alone."""
+runs that were stopped. The offline scripts' copies are tested in synther_td3bc.py alone."""
 
 import copy
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import types
 import typing
 from pathlib import Path
 
 import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import tyro
-from helpers import (
-    assert_same_state,
-    collect_random,
-    command,
-    copy_before_writes,
-    make_minari,
-    read_metrics,
-    run,
-    transitions,
-    write,
-)
+from helpers import assert_same_state, collect_random, read_metrics, run, transitions, write
 
 import edm
 import synther_edac
@@ -68,11 +54,11 @@ def test_arguments_agree_and_have_help():
     for name in set.intersection(*map(set, tables)):
         assert len({typing.Optional[table[name][0]] for table in tables}) == 1, name
     shared = set.intersection(*map(set, tables[: len(OFFLINE)])) - {"exp_name"}
-    first_of_agent = list(tables[0]).index("updates")
-    before_agent = [item for item in list(tables[0].items())[:first_of_agent] if item[0] in shared]
+    first = [name for name in tables[0] if name in shared]
     for table in tables[1 : len(OFFLINE)]:
-        items = [item for item in table.items() if item[0] in shared]
-        assert items[: len(before_agent)] == before_agent
+        assert [name for name in table if name in shared] == first
+        for name in first[: first.index("updates")]:
+            assert table[name] == tables[0][name]
     assert arguments(edm)
 
 
@@ -80,18 +66,17 @@ def test_sections_agree():
     """Arguments, agent, the rest: one order in all scripts."""
     for script, agent in zip(SCRIPTS, ("TD3+BC", "IQL", "EDAC", "SAC", "DrQ+BC and BC")):
         sections = re.findall("^# --- (.*?) -+$", Path(script.__file__).read_text(), re.M)
-        others = [name for name in sections if name not in ("Replay buffer", "Data")]
-        assert others[:2] == ["Arguments", agent] and len(others) == 5
-        assert others[2].startswith("Environment") and others[3:] == ["Run folder", "Experiment"]
+        assert sections[:2] == ["Arguments", agent] and sections[-2:] == [
+            "Run folder",
+            "Experiment",
+        ]
 
 
 def test_scripts_train_one_diffusion_model_for_a_dataset():
     """By default, so that any of the offline scripts can use another's samples."""
-    names = ["quickstart", "maze2d-umaze-v1", "antmaze-umaze-v2"]
-    for env in ("halfcheetah", "hopper", "walker2d"):
-        for level in ("random", "medium", "medium-replay", "mixed", "medium-expert"):
-            names.append(f"{env}-{level}-v2")
-    for name in names:
+    names = "quickstart maze2d-umaze-v1 antmaze-umaze-v2 halfcheetah-medium-expert-v2"
+    names += " hopper-medium-v2 hopper-medium-expert-v2 walker2d-mixed-v2 walker2d-random-v2"
+    for name in names.split():
         for num_rows in (1_000, 1_000_000):
             settings = []
             for script in OFFLINE:
@@ -124,28 +109,23 @@ def test_run_leaves_its_files_and_logs_every_key(folders, script):
     files = "args.json metrics.csv checkpoint.pt diffusion.pt synthetic.npz final_returns.npz"
     files += " marginals.png learning_curve.png"
     assert {path.name for path in folder.iterdir()} == set(files.split())
-    for path in folder.glob("*.png"):
-        assert path.read_bytes()[:4] == b"\x89PNG"
     args = json.loads((folder / "args.json").read_text())
     unset = {name for name in args if args[name] is None}
     assert unset <= {"dataset_path", "wandb_entity", "resume", "synthetic_path", "subsample"}
     metrics = read_metrics(folder)
-    losses = dict(synther_td3bc="critic actor", synther_iql="critic value actor")
-    losses |= dict(synther_edac="critic diversity actor")
-    keys = {f"train/{name}_loss" for name in losses[script.__name__].split()}
+    keys = {"train/critic_loss", "train/actor_loss"}
     keys |= {f"diffusion/{name}" for name in ("loss", "marginal", "correlation", "terminals")}
     keys |= {f"eval/{name}" for name in ("return_mean", "return_std", "normalized_score")}
     keys |= {f"perf/{name}" for name in ("updates_per_sec", "samples_per_sec", "seconds")}
     assert {key for _, key in metrics} >= keys and all(map(math.isfinite, metrics.values()))
     assert metrics[300, "diffusion/loss"] < 1 and 0.5 < metrics[300, "diffusion/marginal"] <= 1
-    with np.load(folder / "final_returns.npz") as f:
-        final = dict(f)
+    final = np.load(folder / "final_returns.npz")
     returns = final["returns"]
     assert final["updates"].tolist() == [0, 100, 200] and returns.shape == (3, 2)
     scores = script.normalized_score("halfcheetah-v2", returns)
     np.testing.assert_array_equal(final["normalized_scores"], scores)
-    np.testing.assert_array_equal(final["final_scores"], scores[-1])
-    np.testing.assert_array_equal(final["final_returns"], returns[-1])
+    assert (final["final_scores"] == scores[-1]).all()
+    assert (final["final_returns"] == returns[-1]).all()
     for i, number in enumerate((0, 100, 200)):
         assert metrics[number, "eval/return_mean"] == pytest.approx(returns[i].mean())
         assert metrics[number, "eval/normalized_score"] == pytest.approx(scores[i].mean())
@@ -180,7 +160,7 @@ def saved_state(folder, name="checkpoint.pt"):
     return state
 
 
-@offline
+@pytest.mark.parametrize("script", [synther_iql, synther_edac])
 def test_another_agent_on_the_same_samples(folders, tmp_path, script):
     """--synthetic-path with another script's samples gives the agent that the whole run gave."""
     path = folders[synther_td3bc] / "synthetic.npz"
@@ -214,21 +194,20 @@ gym.register("antmaze-foo-v0", Point, max_episode_steps=20)  # as OGBench's
 def point(tmp_path_factory):
     """Files of random transitions, and of those that a diffusion model generates from them."""
     folder = tmp_path_factory.mktemp("point")
-    data = write(folder / "data.npz", collect_random("Point-v0", 5_000))
-    options = dict(diffusion_steps=1_500, diffusion_width=64, diffusion_depth=2, diffusion_lr=3e-3)
+    data = write(folder / "data.npz", collect_random("Point-v0", 3_000))
+    options = dict(diffusion_steps=800, diffusion_width=64, diffusion_depth=2, diffusion_lr=3e-3)
     generated = str(folder / "generated.npz")
-    edm.main(edm.Args(data=data, out=generated, num_samples=10_000, device="cpu", **options))
-    return dict(env="Point-v0", dataset_path=data, synthetic_path=generated, num_samples=10_000)
+    edm.main(edm.Args(data=data, out=generated, num_samples=5_000, device="cpu", **options))
+    return dict(env="Point-v0", dataset_path=data, synthetic_path=generated, num_samples=5_000)
 
 
 @offline
 def test_agent_learns_from_generated_transitions(tmp_path, point, script):
     """From random data alone, each agent comes closer to the best policy of a simple task."""
-    options = dict(updates=2_000, hidden_dim=64, batch_size=128, learning_rate=1e-3, tau=0.02)
-    options |= dict(discount=0.8, eval_every=2_000, eval_episodes=20, device="cpu")
-    of_agent = {synther_td3bc: dict(alpha=100.0), synther_iql: dict(beta=30.0)}
-    of_agent[synther_edac] = dict(eta=0.1, num_q=3, updates=1_500)
-    folder = run(script, tmp_path, **options | point | of_agent[script])
+    options = dict(updates=600, hidden_dim=32, batch_size=64, learning_rate=3e-3, tau=0.02)
+    options |= dict(discount=0.8, eval_every=600, eval_episodes=20, device="cpu")
+    of_agents = [dict(alpha=100.0), dict(beta=30.0), dict(eta=0.1, num_q=3)]
+    folder = run(script, tmp_path, **options | point | of_agents[OFFLINE.index(script)])
     trained = np.load(folder / "final_returns.npz")["returns"][-1].mean()
     envs = [script.make_env("Point-v0") for _ in range(20)]
     torch.manual_seed(0)
@@ -280,31 +259,26 @@ def test_agent_gets_rows_and_observations_in_the_same_units(tmp_path, monkeypatc
     torch.testing.assert_close(agent.actor.act(raw_s), of_rows.act(rows[:, :3]))
 
 
-@pytest.mark.parametrize(
-    "script, update", [(synther_td3bc, "update_critic"), (synther_iql, "update")]
-)
-def test_augmentation_is_in_units_of_the_states(tmp_path, monkeypatch, script, update):
-    """Additive noise has a tenth of each state's standard deviation. s and s' get the same."""
+@pytest.mark.parametrize("script", [synther_td3bc, synther_iql])
+def test_augmentation_is_in_units_of_the_states(tmp_path, monkeypatch, script):
+    """Additive noise has a tenth of each state's standard deviation."""
     batches = []
-    (agent_class,) = [x for x in vars(script).values() if hasattr(x, "LOSSES")]
-    original = getattr(agent_class, update)
+    augment_batch = script.augment_batch
 
-    def recording(self, batch):
-        batches.append(batch.clone())
-        return original(self, batch)
+    def recording(batch, *options):
+        before = batch.clone()
+        augment_batch(batch, *options)
+        batches.append((before, batch.clone()))
 
-    monkeypatch.setattr(agent_class, update, recording)
+    monkeypatch.setattr(script, "augment_batch", recording)
     data = transitions(300, act_dim=1)
-    data["observations"] = data["next_observations"] = data["observations"] * [1.0, 10.0, 100.0]
+    data["observations"] *= np.float32([1, 10, 100])
     options = dict(env="robot", dataset_path=write(tmp_path / "data.npz", data), data="real")
-    options |= dict(updates=40, hidden_dim=8, eval_episodes=0, device="cpu", augment="additive")
-    run(script, tmp_path, **options)
-    s, _, r, next_s, _ = edm.split(torch.cat(batches), 3)
-    torch.testing.assert_close(s, next_s)
-    states = torch.from_numpy(data["observations"]).float()
-    states = (states - states.mean(0)) / (states.std(0, unbiased=False) + 1e-3)
-    rows = (r[:, None] - torch.from_numpy(data["rewards"])).abs().argmin(1)  # each has its reward
-    spread = (s - states[rows]).std(0)
+    options |= dict(updates=40, eval_episodes=0, augment="additive")
+    run(script, tmp_path, **TINY | options)
+    before, after = map(torch.cat, zip(*batches))
+    torch.testing.assert_close(before[:, :3].std(0), torch.ones(3), atol=0.1, rtol=0)
+    spread = (after - before)[:, :3].std(0)
     torch.testing.assert_close(spread, torch.full((3,), 0.1), atol=5e-3, rtol=0)
 
 
@@ -315,9 +289,12 @@ def test_rewards_of_d4rls_antmaze_are_shifted(tmp_path, monkeypatch, point, scri
     """And those of no other, which has no score either. The real rows themselves stay as read."""
     loaded = []
     load_real = script.load_real
-    monkeypatch.setattr(
-        script, "load_real", lambda *args: loaded.append(load_real(*args)) or loaded[-1]
-    )
+
+    def recording(*args):
+        loaded.append(load_real(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(script, "load_real", recording)
     seen = record(monkeypatch, script)
     is_d4rls = env == "antmaze-umaze-v2"
     options = TINY | point | dict(env=env, data=data, updates=2, eval_episodes=int(not is_d4rls))
@@ -328,16 +305,14 @@ def test_rewards_of_d4rls_antmaze_are_shifted(tmp_path, monkeypatch, point, scri
     for dataset in loaded:
         assert torch.equal(dataset.rows, real)
     ((_, rows),) = seen
-    torch.testing.assert_close(rows[: len(real), 3], real[:, 3] - is_d4rls)
+    assert torch.equal(rows[: len(real), 3], real[:, 3] - int(is_d4rls))
     if not is_d4rls:
         assert np.isnan(np.load(folder / "final_returns.npz")["final_scores"]).all()
 
 
 @offline
-def test_actor_of_a_checkpoint_acts_alone_as_in_the_evaluation(
-    tmp_path, monkeypatch, point, script
-):
-    """On raw observations. Dropout is on in training, and off in evaluations."""
+def test_actor_of_a_checkpoint_acts_as_in_the_run(tmp_path, monkeypatch, point, script):
+    """Alone, on raw observations. Dropout is on in training, and off in evaluations."""
     actor_class = getattr(script, "Actor", None) or script.TanhGaussianActor
     init = actor_class.__init__
 
@@ -352,8 +327,7 @@ def test_actor_of_a_checkpoint_acts_alone_as_in_the_evaluation(
     sizes = [2, 1, 16, seen[0][0].args.hidden_layers, 1.0]
     actor = actor_class(*sizes, False) if script is synther_iql else actor_class(*sizes)
     agent = edm.load_torch(folder / "checkpoint.pt")["agent"]
-    own = {name[6:]: x for name, x in agent.items() if name.startswith("actor.")}
-    actor.load_state_dict(own)
+    actor.load_state_dict({k[6:]: x for k, x in agent.items() if k.startswith("actor.")})
     envs = [script.make_env("Point-v0") for _ in range(2)]
     returns = script.evaluate(actor.eval().act, envs, seed=3)
     np.testing.assert_array_equal(np.load(folder / "final_returns.npz")["final_returns"], returns)
@@ -361,7 +335,7 @@ def test_actor_of_a_checkpoint_acts_alone_as_in_the_evaluation(
 
 @offline
 def test_diverging_agent_stops_the_run(tmp_path, point, script):
-    with pytest.raises(edm.RunError, match="a loss became NaN or Inf in updates 0 to 100"):
+    with pytest.raises(edm.RunError, match="a loss became NaN or Inf .*100"):
         run(script, tmp_path, **TINY | point | dict(learning_rate=1e30))
 
 
@@ -369,29 +343,27 @@ def test_diverging_agent_stops_the_run(tmp_path, point, script):
 @pytest.mark.parametrize("env", ["maze2d-umaze-v1", "antmaze-umaze-v2"])
 def test_mazes_run_from_data_to_score(tmp_path, script, env):
     data = write(tmp_path / "data.npz", collect_random(script.make_env(env), 300))
-    options = dict(env=env, dataset_path=data, data="real", updates=5, eval_every=5)
+    options = dict(env=env, dataset_path=data, data="real", updates=5, eval_episodes=1)
     folder = run(script, tmp_path / "runs", **TINY | options)
     low, high = (23.85, 161.86) if env.startswith("maze2d") else (0, 1)
-    with np.load(folder / "final_returns.npz") as f:
-        scores = 100 * (f["returns"] - low) / (high - low)
-        np.testing.assert_allclose(f["normalized_scores"], scores)
+    final = np.load(folder / "final_returns.npz")
+    scores = 100 * (final["returns"] - low) / (high - low)
+    np.testing.assert_allclose(final["normalized_scores"], scores)
 
 
 def test_minari_dataset_runs(tmp_path, monkeypatch, capsys):
-    """Its environment comes with it, with all its arguments. Where no score is known, none is
-    printed."""
-    made = gym.make("Pendulum-v1", g=2.0)
-    made_for_evaluation = gym.make("Pendulum-v1", g=3.0, max_episode_steps=7)
-    make_minari(monkeypatch, tmp_path / "minari", env=made, eval_env=made_for_evaluation)
+    """Its environment comes with it, with all its arguments. An unknown score is not printed."""
+    envs = dict(env=gym.make("Pendulum-v1", g=2.0))
+    envs["eval_env"] = gym.make("Pendulum-v1", g=3.0, max_episode_steps=7)
+    helpers.make_minari(monkeypatch, tmp_path / "minari", **envs)
     env = synther_td3bc.make_env("test/two-v0")
     assert (env.unwrapped.g, env.spec.max_episode_steps) == (3, 7)
-    options = TINY | dict(env="test/two-v0", data="real", updates=5)
-    folder = run(synther_td3bc, tmp_path, **options)
+    folder = run(synther_td3bc, tmp_path, **TINY | dict(env="test/two-v0", data="real", updates=5))
     assert folder.name.startswith("test-two-v0__")
     assert capsys.readouterr().out.splitlines()[-2].startswith("return")
-    with np.load(folder / "final_returns.npz") as f:
-        assert (-7 * 17 < f["returns"]).all() and (f["returns"] < -1).all()  # 7 steps
-        assert np.isnan(f["normalized_scores"]).all()
+    final = np.load(folder / "final_returns.npz")
+    assert -7 * 17 < final["returns"].min() and final["returns"].max() < -1  # 7 steps
+    assert np.isnan(final["normalized_scores"]).all()
 
 
 def test_beginnings_of_episodes_are_known_in_a_subset(tmp_path):
@@ -399,8 +371,8 @@ def test_beginnings_of_episodes_are_known_in_a_subset(tmp_path):
     s = np.arange(300.0)[:, None]
     next_s = s + 1
     next_s[9::10] = -1  # ends of episodes of ten rows, by a time limit
-    data = dict(zip(edm.KEYS, (s, 0 * s, 0 * s[:, 0], next_s, s[:, 0] < 0)))
-    path = write(tmp_path / "data.npz", data)
+    arrays = (s, 0 * s, 0 * s[:, 0], next_s, s[:, 0] < 0)
+    path = write(tmp_path / "data.npz", dict(zip(edm.KEYS, arrays)))
     for subsample, count in ((None, 300), (200, 200), (0.5, 150)):
         args = synther_td3bc.Args(env="robot", dataset_path=path, subsample=subsample)
         real = synther_td3bc.load_real(args, [])
@@ -411,10 +383,10 @@ def test_bound_of_actions_is_the_environments_or_the_datas(tmp_path, capsys):
     data = transitions(100, act_dim=1) | {"actions": np.full((100, 1), 2.1)}
     args = synther_td3bc.Args(env="Pendulum-v1", dataset_path=write(tmp_path / "data.npz", data))
     assert synther_td3bc.load_real(args, []).max_action == pytest.approx(2.1)
-    assert capsys.readouterr().err == ""
+    assert "bound" not in "".join(capsys.readouterr())
     envs = [synther_td3bc.make_env("Pendulum-v1")]
     assert synther_td3bc.load_real(args, envs).max_action == 2
-    assert "beyond +-2.0, the bound of Pendulum-v1" in capsys.readouterr().err
+    assert re.search("actions are beyond .*2.0", "".join(capsys.readouterr()))
 
 
 @offline
@@ -456,9 +428,9 @@ def test_tracker_that_fails(tmp_path, monkeypatch):
         synther_td3bc.Run(args)
     assert not (tmp_path / "runs").exists()
     fake.init = lambda **options: None
-    run_folder = synther_td3bc.Run(args)
-    run_folder.log(5, {"train/loss": 2.0})
-    assert read_metrics(run_folder.folder) == {(5, "train/loss"): 2}
+    own_run = synther_td3bc.Run(args)
+    own_run.log(5, {"train/loss": 2.0})
+    assert read_metrics(own_run.folder) == {(5, "train/loss"): 2}
 
 
 def test_two_runs_of_one_second_have_their_folders(tmp_path, monkeypatch):
@@ -469,31 +441,16 @@ def test_two_runs_of_one_second_have_their_folders(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("quickstart__synther_td3bc__0__1800000000*"))) == 2
 
 
-class Endless(gym.Env):
-    """An environment that never ends; or that fails, if `broken`."""
-
-    observation_space = gym.spaces.Box(-1, 1, (3,))
-    action_space = gym.spaces.Box(-0.5, 0.5, (1,))
-
-    def __init__(self, broken=False):
-        self.broken = broken
-
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(3, np.float32), 1 / (not self.broken), False, False, {}
-
-
 @pytest.mark.parametrize("script", [synther_td3bc, synther_sac_online])
 def test_environment_without_time_limit_or_that_fails(monkeypatch, capsys, script):
-    spec = gym.envs.registration.EnvSpec("Endless-v0", Endless)
+    spec = gym.envs.registration.EnvSpec("Endless-v0", Point)
     monkeypatch.setitem(gym.registry, "Endless-v0", spec)
     env = script.make_env("Endless-v0")
-    said = "Endless-v0 has no time limit: its episodes end after 1,000 steps"
-    assert said in "".join(capsys.readouterr())
-    assert script.evaluate(lambda obs: torch.zeros(len(obs), 1), [env], seed=0) == 1_000
-    spec.kwargs = dict(broken=True)
+    assert "Endless-v0 has no time limit" in "".join(capsys.readouterr())
+    distance = abs(env.reset(seed=0)[0][0])
+    returns = script.evaluate(lambda obs: torch.zeros(len(obs), 1), [env], seed=0)
+    assert returns == pytest.approx(-1_000 * distance)
+    spec.entry_point = lambda: 1 / 0
     with pytest.raises(edm.RunError, match="cannot make .* Endless-v0: division by zero"):
         script.make_env("Endless-v0")
 
@@ -507,20 +464,19 @@ RESUMED |= dict(hidden_dim=16, batch_size=32, eval_every=60, eval_episodes=1)
 
 @offline
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
-    """Moments at which a file is replaced, in all stages: a run that ended there goes on to the
-    same numbers."""
-    data = tmp_path / "data.npz"
-    write(data, collect_random("Pendulum-v1", 300))
+    """Moments at which a file is replaced, for TD3+BC in all stages: a run that ended there goes on
+    to the same numbers."""
+    monkeypatch.setattr(edm, "c2st", lambda *rows: 0.5)  # takes half of the time
+    data = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300))
     with monkeypatch.context() as patch:
-        copy_before_writes(patch, tmp_path / "killed")
-        whole = run(script, tmp_path / "whole", dataset_path=str(data), **RESUMED)
+        helpers.copy_before_writes(patch, tmp_path / "killed")
+        whole = run(script, tmp_path / "whole", dataset_path=data, **RESUMED)
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
-    assert len(killed) > 8
     assert not list(killed[2].glob("*.npz")) and list(killed[-4].glob("*.npz"))
-    for folder in killed[:: 2 if script is synther_td3bc else 5]:
+    for folder in killed[1::2] if script is synther_td3bc else killed[-5:-4]:
         with open(folder / "metrics.csv", "a") as f:  # came after the checkpoint, cut by the kill
             f.write("240,eval/return_mean,1e9\n50,train/cri")
-        command(monkeypatch, script, resume=folder)
+        helpers.command(monkeypatch, script, resume=folder)
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
         for name in ("checkpoint.pt", "diffusion.pt"):
             assert_same_state(saved_state(folder, name), saved_state(whole, name), name)
@@ -531,32 +487,28 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
             logs.append([x for x in read_metrics(path).items() if "perf/" not in x[0][1]])
         np.testing.assert_equal(*logs)  # in the same order
     with np.load(data) as f:  # the file is replaced in the meantime
-        write(data, dict(f) | {"terminals": np.arange(300) == 7})
+        write(Path(data), dict(f) | {"terminals": np.arange(300) == 7})
     for folder in (killed[3], killed[-1]):  # in the diffusion model's stage, in the agent's
         with pytest.raises(SystemExit):
-            command(monkeypatch, script, resume=folder)
+            helpers.command(monkeypatch, script, resume=folder)
         assert "checkpoint.pt is of other data" in capsys.readouterr().err
 
 
 def test_plot_that_fails_leaves_the_results(tmp_path, monkeypatch, point):
     """The samples and the model are written before it, and --resume goes on with them."""
-
-    def fail(*args, **options):
-        raise ValueError("no plot")
-
-    monkeypatch.setattr(edm, "plot_marginals", fail)
+    monkeypatch.setattr(edm, "plot_marginals", lambda *args: 1 / 0)
     options = dict(env="Point-v0", dataset_path=point["dataset_path"], updates=5)
-    with pytest.raises(ValueError, match="no plot"):
+    with pytest.raises(ZeroDivisionError):
         run(synther_td3bc, tmp_path, **TINY | options)
     (folder,) = tmp_path.iterdir()
     assert (folder / "synthetic.npz").exists() and (folder / "diffusion.pt").exists()
-    command(monkeypatch, synther_td3bc, resume=folder)
+    helpers.command(monkeypatch, synther_td3bc, resume=folder)
     assert (folder / "final_returns.npz").exists()
 
 
+LAST_CHECK = "--data mixed needs 1000 rows, and few.npz"  # nothing is made before it
 BAD_COMMANDS = {
     "(unknown dataset|cannot make the environment) walker3d": dict(env="walker3d-medium-v2"),
-    "cannot make the environment NoSuch-v0": dict(env="NoSuch-v0"),
     "cannot make the environment no_such_module": dict(env="no_such_module:Env-v0"),
     "cannot make the environment antmaze-medium-v2": dict(env="antmaze-medium-v2"),
     "has .3, 1. observation and action dimensions, not .11, 3.": dict(env="Hopper-v4"),
@@ -571,17 +523,20 @@ BAD_COMMANDS = {
     "--seed cannot be -1": dict(seed=-1),
     "no use with --data real": dict(data="real", synthetic_path="data.npz"),
     "other.npz has .4, 1. observation": dict(synthetic_path="other.npz"),
-    "--data mixed needs 1000 rows, and few.npz": dict(data="mixed", synthetic_path="few.npz"),
+    LAST_CHECK: dict(data="mixed", synthetic_path="few.npz"),
     "GPU": dict(device="cuda"),
     "File exists|Not a directory": dict(out_dir="data.npz"),
-    "nothing is not such a run folder": dict(resume="nothing"),
-    "other_run is not such a run folder": dict(resume="other_run"),
-    "run was started with another env": dict(resume="run"),
+    "nothing is not .*a run folder": dict(resume="nothing"),
+    "other_run is not .*a run folder": dict(resume="other_run"),
+    "run was started with another": dict(resume="run", seed=2),
 }
 
 
-@offline
-@pytest.mark.parametrize("message", BAD_COMMANDS)
+@pytest.mark.parametrize(
+    "script, message",
+    [(synther_td3bc, message) for message in BAD_COMMANDS]
+    + [(synther_iql, LAST_CHECK), (synther_edac, LAST_CHECK)],
+)
 def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, script, message):
     """Exit code 2, one line that begins with `error:`, nothing made and nothing changed."""
     if torch.cuda.is_available() and message == "GPU":
@@ -602,19 +557,6 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, script,
     options = dict(env="Pendulum-v1", dataset_path="data.npz", updates=5, diffusion_steps=5)
     options |= dict(num_samples=100, eval_episodes=1, device="cpu")
     with pytest.raises(SystemExit) as end:
-        command(monkeypatch, script, **options | BAD_COMMANDS[message])
+        helpers.command(monkeypatch, script, **options | BAD_COMMANDS[message])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and re.search(message, line) and contents() == before
-
-
-@pytest.mark.parametrize(
-    "script, env", [(synther_td3bc, "quickstart"), (synther_sac_online, "dmc/reacher-hard")]
-)
-def test_unknown_renderer_ends_in_one_sentence(tmp_path, script, env):
-    """In a process of its own, because MuJoCo reads MUJOCO_GL once."""
-    words = [sys.executable, script.__file__, "--env", env]
-    environ = os.environ | {"MUJOCO_GL": "elg"}
-    result = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and "MUJOCO_GL" in line and "elg" in line
-    assert "Traceback" not in result.stderr

@@ -48,7 +48,7 @@ def augmented(rows, kind, obs_dim):
 
 def main(args):
     settings = SimpleNamespace(**json.loads((args.run / "args.json").read_text()))
-    real = synther_td3bc.keep_subset(settings, synther_td3bc.load_real(settings, []))
+    real = synther_td3bc.load_real(settings, [])
     std, mean = torch.std_mean(real.rows, dim=0)
     points = (real.rows - mean) / (std + 1e-5)
     torch.manual_seed(0)

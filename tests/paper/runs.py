@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,15 +122,10 @@ def last_values(folder):
 
 
 def at_once(workers, jobs):
-    """Call functions without arguments, `workers` at a time, in their order. Returns what they
-    return. After an error or Ctrl-C no more are begun."""
+    """Call functions without arguments, `workers` at a time. Returns what they return, in order. After
+    an error no more are begun."""
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return [future.result() for future in futures if not future.cancelled()]
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def recorded(path):

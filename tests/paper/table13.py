@@ -25,6 +25,7 @@ SCALES = dict(cpu=SMALL, paper=dict(diffusion_steps=100_000, num_samples=5_000_0
 EPISODES = {"cpu": 40, "paper": 200}
 LATENTS = ("both", "actor", "critic")  # of whose encoder
 DATA = ("real", "synther")  # that the heads learn from
+Args = runs.StudyArgs
 
 
 def film(folder, episodes):
@@ -74,4 +75,4 @@ def show(path):
 
 
 if __name__ == "__main__":
-    runs.launch(main, runs.StudyArgs, __doc__)
+    runs.launch(main, Args, __doc__)

@@ -750,7 +750,7 @@ def slow_qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
             next_obs = raw["next_observations"][i]
         rows.append((raw["observations"][i], raw["actions"][i], raw["rewards"][i], next_obs, done))
         step = 1 if done else step + 1
-    return {key: [row[i] for row in rows] for i, key in enumerate(edm.KEYS)}
+    return dict(zip(edm.KEYS, zip(*rows))) if rows else {key: [] for key in edm.KEYS}
 
 
 def assert_same_data(actual, expected):

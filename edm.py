@@ -108,7 +108,7 @@ class DiffusionArgs:
     # Samples
     sample_steps: Optional[Count] = None  # noise levels (dpmpp: 32; sde: 128, as the paper)
     # dpmpp: DPM-Solver++(2M), with fast its SDE version; sde: the paper's stochastic Heun
-    sampler: Literal["dpmpp", "sde"] = "dpmpp"
+    sampler: Optional[Literal["dpmpp", "sde"]] = None
     num_samples: Optional[Count] = None  # rows to generate (paper: 5,000,000; online 1,000,000)
     sample_batch_size: Optional[Count] = None  # rows at a time (2,000; on a GPU 100,000)
     terminals: Optional[Literal["column", "classifier"]] = None  # d > 0.5 (paper); a tree's (fast)
@@ -137,12 +137,13 @@ def resolve(args, num_rows, dataset="", latents=False):
         fill(args, dict(diffusion_width=2048))
     if is_paper and num_rows >= 800_000:  # official code (paper: 1M)
         fill(args, dict(diffusion_batch_size=1024))
-    if latents and not is_paper:  # up to 207 columns need a wider network
+    if latents and not is_paper:  # up to 207 columns
         fill(args, dict(diffusion_lr=1e-3, diffusion_width=512))
     if args.sampler == "sde":
         fill(args, dict(sample_steps=128))
     for option, field in RECIPE_OPTIONS.items():
         fill(args, {option: getattr(RECIPES[args.diffusion_recipe], field)})
+    args.diffusion_residual &= RECIPES[args.diffusion_recipe].residual
     return args
 
 
@@ -620,11 +621,10 @@ def run_training(model, x, args, settings, device, run):
 def generate(model, num_samples, seed=0, **changes):
     """Draw rows [num_samples, dim] in raw units from a trained model. They are on the CPU. Another
     seed gives others. `changes` are to the model's recipe, as sampler="sde", sample_steps=128."""
-    model = copy.copy(model)
+    model = copy.deepcopy(model).eval()
     model.recipe = replace(model.recipe, **changes)
     if num_processes > 1 and rank == 0:
         dist.broadcast_object_list([copy.deepcopy(model).cpu(), num_samples, seed])
-    model.eval()
     default = 100_000 if model.mean.is_cuda else 2_000
     batch_size = model.recipe.sample_batch_size or default
     torch.manual_seed(seed)
@@ -814,7 +814,7 @@ def find_d4rl(name):
             with h5py.File(temporary) as f:  # an error page or half a file fails here
                 f["observations"]
             return temporary.replace(path)
-        except Exception as error:  # no network, not found, ...
+        except Exception as error:  # such as no network
             print(f"failed: {error}", file=sys.stderr)
         finally:
             socket.setdefaulttimeout(None)
@@ -894,13 +894,14 @@ def read_minari(name):
 
 
 def check_arrays(data):
-    """RunError unless all are finite numbers, one row per transition. Flattens rewards, flags."""
+    """Make all float32, rewards and flags [N]. RunError unless these are rows of finite numbers."""
     limit = np.float64(1e18)
     for key, x in data.items():
-        if key in ("rewards", "terminals", "timeouts"):
-            data[key] = x.reshape(-1)
         if x.dtype.kind not in "fiub" or not ((x > -limit) & (x < limit)).all():
             raise RunError(f"{key} holds NaN, Inf or numbers beyond 1e18, or is not numeric")
+        data[key] = x.astype(np.float32, copy=False)
+        if key in ("rewards", "terminals", "timeouts"):
+            data[key] = data[key].reshape(-1)
     shapes = {key: x.shape for key, x in data.items()}
     states = shapes["observations"]
     is_flat = len(states) == len(shapes["actions"]) == 2
@@ -936,7 +937,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
         else:
             known = f".hdf5, .h5 and .npz files, Minari ids, {', '.join(D4RL)}"
             raise RunError(f"unknown dataset {source}; known are {known}")
-    except Exception as error:  # each format fails in its own way
+    except Exception as error:  # of many kinds
         raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
     found = data["observations"].shape[1:] + data["actions"].shape[1:]
     if sizes not in (None, found):
@@ -944,8 +945,6 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
     if len(data["rewards"]) < 2:
         raise RunError(f"{source} holds fewer than two transitions")
     data["terminals"] = data["terminals"] > 0.5
-    for key in KEYS[:4]:
-        data[key] = data[key].astype(np.float32, copy=False)
     return data
 
 

@@ -1,18 +1,16 @@
-"""Speed of training, sampling and agent updates on this machine, beside plain references and the matmul limit.
+"""Speed of training, sampling and agent updates on this machine, beside plain references and the
+limit of the matrix multiplies.
 
     python tests/bench/bench.py                      # about 5 minutes on a 2-core CPU
     python tests/bench/bench.py --quick              # about 2 minutes, less exact
-    python tests/bench/bench.py --memory             # peak memory of a 5M-row experiment, or of --memory ROWS
-    python tests/bench/bench.py --image-memory       # peak memory of the pixel script with 100,000 images
+    python tests/bench/bench.py --memory             # peak memory of an experiment with 5M rows
+    python tests/bench/bench.py --image-memory       # that of the pixel script with 100,000 images
 
-Each figure is measured on the code that users run. Beside it stand `plain`, the same arithmetic as the public codes
-write it (SynthER, CORL, REDQ, V-D4RL), run eagerly, and `matmul`, the time that the matrix multiplies and convolutions
-of our code take alone. The three take turns, so that other load on the machine meets all of them. The table shows
-medians over the turns, and the median of the ratios within a turn.
-
-Tried on a CPU and not taken: nn.ReLU in place in the actors (no gain), gradients that keep their memory in the agents
-(no gain; in the diffusion model a tenth), one all-reduce for each tensor under torchrun (half as fast as for all
-together), fewer threads where other work runs (they would change the agents' results in the last digits).
+Each figure is measured on the code that users run. Beside it stand `plain`, the same arithmetic as
+the public codes write it (SynthER, CORL, REDQ, V-D4RL), run eagerly, and `matmul`, the time that
+the matrix multiplies and convolutions of our code take alone. The three take turns, so that other
+load on the machine meets all of them. The table shows medians over the turns, and the median of
+the ratios within a turn.
 """
 
 import argparse
@@ -27,9 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -39,19 +37,21 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own, which edm may change
+PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own; edm may change it
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import edm  # noqa: E402
 
 OUR_PRECISION = torch.backends.mkldnn.matmul.fp32_precision
 edm.Bar.__init__ = partialmethod(tqdm.__init__, disable=True)  # no progress bars among the figures
-warnings.filterwarnings("ignore", ".*Overriding environment")  # each script registers its mazes
-OBS_DIM, ACT_DIM, DIM = 17, 6, 42  # Walker2d and HalfCheetah
-PAIR, BATCH = OBS_DIM + ACT_DIM, 256
+OBS_DIM = 17  # Walker2d and HalfCheetah
+ACT_DIM = 6
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]
+DIM = sum(SIZES)
+PAIR = OBS_DIM + ACT_DIM
+BATCH = 256
 
-# --- Clock and limit --------------------------------------------------------------------------------------------------
+# --- Clock and limit ------------------------------------------------------------------------------
 
 
 def clock():
@@ -72,29 +72,28 @@ def seconds_per_call(function, count, precision=OUR_PRECISION):
 
 
 def take_turns(ours, limit, plain, count, repeats, units=(1, 1, 1)):
-    """Time three functions one after the other, `repeats` times after a first turn that does not count.
-
-    Returns: [repeats] of (ours, limit, plain), seconds per unit; `units` are how many of these a call does.
-    """
-    functions = (ours, OUR_PRECISION), (limit, OUR_PRECISION), (plain, PLAIN_PRECISION)
-    turns = [
-        [seconds_per_call(f, count, precision) for f, precision in functions]
-        for _ in range(repeats + 1)
-    ]
-    return [[seconds / unit for seconds, unit in zip(turn, units)] for turn in turns[1:]]
+    """Time three functions one after the other, `repeats` times after a first turn that does not
+    count. Returns a list of (ours, limit, plain), seconds per unit. A call does so many units."""
+    turns = []
+    for _ in range(repeats + 1):
+        times = [seconds_per_call(ours, count), seconds_per_call(limit, count)]
+        times.append(seconds_per_call(plain, count, PLAIN_PRECISION))
+        turns.append([seconds / number for seconds, number in zip(times, units)])
+    return turns[1:]
 
 
 def multiplies_of(step, device):
-    """A function that does the matrix multiplies and convolutions of a step again, and nothing else."""
+    """A function that does the matrix multiplies and convolutions of a step again, nothing else."""
     calls = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            result, packet = operator(*args, **(kwargs or {})), operator.overloadpacket
+            result = operator(*args, **(kwargs or {}))
+            packet = operator.overloadpacket
             if packet.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
-                calls.append((packet.out, args, {"out": torch.empty_like(result)}))
+                calls.append(partial(packet.out, *args, out=torch.empty_like(result)))
             elif packet.__name__ in ("convolution", "convolution_backward"):
-                calls.append((operator, args, {}))
+                calls.append(partial(operator, *args))
             return result
 
     with Record():
@@ -102,31 +101,39 @@ def multiplies_of(step, device):
 
     @torch.no_grad()
     def run():
-        for operator, args, kwargs in calls:
-            operator(*args, **kwargs)
+        for call in calls:
+            call()
 
     return edm.cuda_graph(run) if device == "cuda" else run
 
 
-def ours_and_limit(device, update, *steps):
-    """Two functions of i: update(i, *steps) with the steps as the scripts run them, and with their multiplies alone."""
-    multiplies = [multiplies_of(step, device) for step in steps]
-    steps = [edm.cuda_graph(step) for step in steps] if device == "cuda" else steps
-    return lambda i: update(i, *steps), lambda i: update(i, *multiplies)
+def with_limit(update, device):
+    """Two functions of i: the update of this number, and its multiplies alone. An even number may
+    do more than an odd one."""
+    odd = multiplies_of(lambda: update(1), device)
+    even = multiplies_of(lambda: update(2), device)
+    return lambda i: update(i + 1), lambda i: even() if i % 2 else odd()
 
 
-# --- Plain references -------------------------------------------------------------------------------------------------
+# --- Plain references -----------------------------------------------------------------------------
 
 
 def mlp(*sizes):
-    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers = []
+    for fan_in, fan_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
+def make_critics(num):
+    return nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(num)])
+
+
 def adam(*parts):
-    return torch.optim.Adam(
-        [p for x in parts for p in (x.parameters() if isinstance(x, nn.Module) else [x])], lr=3e-4
-    )
+    params = []
+    for part in parts:
+        params += part.parameters() if isinstance(part, nn.Module) else [part]
+    return torch.optim.Adam(params, lr=3e-4)
 
 
 def descend(loss, *optimizers):
@@ -144,14 +151,19 @@ def follow(targets, networks, tau=0.005):
         slow.data.copy_(tau * fast.data + (1 - tau) * slow.data)
 
 
-def values(critics, observations, actions):
-    return [critic(torch.cat([observations, actions], 1)) for critic in critics]
+def values(critics, s, a):
+    return [critic(torch.cat([s, a], 1)) for critic in critics]
 
 
 def draw(parts, size=BATCH):
-    """A batch as CORL's buffer draws it: an array for each part of a transition, indices from numpy."""
+    """A batch as CORL's buffer draws it: an array for each part of a row, indices from numpy."""
     index = np.random.randint(0, len(parts[0]), size=size)
     return [part[index] for part in parts]
+
+
+def cloning_loss(q, policy_a, a):
+    """TD3+BC's loss of the actor."""
+    return -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_a, a)
 
 
 class PlainEDM(nn.Module):
@@ -159,12 +171,10 @@ class PlainEDM(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(8), requires_grad=False)
-        self.project, self.first, self.last = (
-            nn.Linear(DIM, 128),
-            nn.Linear(128, 1024),
-            nn.Linear(1024, DIM),
-        )
+        self.register_buffer("frequencies", torch.randn(8))
+        self.project = nn.Linear(DIM, 128)
+        self.first = nn.Linear(128, 1024)
+        self.last = nn.Linear(1024, DIM)
         self.time_mlp = nn.Sequential(nn.Linear(17, 128), nn.SiLU(), nn.Linear(128, 128))
         self.blocks = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(6)])
 
@@ -189,7 +199,7 @@ def plain_training(data, device):
     """A step of training: rows come from the host, the loss goes to a log."""
     model = PlainEDM().to(device)
     average = copy.deepcopy(model).requires_grad_(False)
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100_000)
 
@@ -211,29 +221,23 @@ def plain_training(data, device):
 def plain_td3bc(parts, device):
     """An update: three networks with an optimiser each."""
     actor = nn.Sequential(mlp(OBS_DIM, 256, 256, ACT_DIM), nn.Tanh()).to(device)
-    critics = nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(2)]).to(device)
-    actor_target, targets = copy.deepcopy((actor, critics))
-    actor_optimizer, critic_optimizers = adam(actor), [adam(critic) for critic in critics]
+    critics = make_critics(2).to(device)
+    actor_target = copy.deepcopy(actor)
+    targets = copy.deepcopy(critics)
+    actor_optimizer = adam(actor)
+    critic_optimizers = [adam(critic) for critic in critics]
 
     def update(i):
-        observations, actions, rewards, next_observations, terminals = draw(parts)
+        s, a, r, next_s, done = draw(parts)
         with torch.no_grad():
-            noise = (torch.randn_like(actions) * 0.2).clamp(-0.5, 0.5)
-            next_actions = (actor_target(next_observations) + noise).clamp(-1.0, 1.0)
-            y = rewards + (1 - terminals) * 0.99 * torch.min(
-                *values(targets, next_observations, next_actions)
-            )
-        descend(
-            sum(F.mse_loss(q, y) for q in values(critics, observations, actions)),
-            *critic_optimizers,
-        )
+            noise = (torch.randn_like(a) * 0.2).clamp(-0.5, 0.5)
+            next_a = (actor_target(next_s) + noise).clamp(-1.0, 1.0)
+            y = r + (1 - done) * 0.99 * torch.min(*values(targets, next_s, next_a))
+        descend(sum(F.mse_loss(q, y) for q in values(critics, s, a)), *critic_optimizers)
         if i % 2 == 1:
-            policy_actions = actor(observations)
-            (q,) = values(critics[:1], observations, policy_actions)
-            descend(
-                -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, actions),
-                actor_optimizer,
-            )
+            policy_a = actor(s)
+            (q,) = values(critics[:1], s, policy_a)
+            descend(cloning_loss(q, policy_a, a), actor_optimizer)
             follow(targets, critics)
             follow(actor_target, actor)
 
@@ -242,35 +246,30 @@ def plain_td3bc(parts, device):
 
 def plain_iql(parts, device):
     """An update: four networks, three optimisers, a distribution object."""
-    value, mean = mlp(OBS_DIM, 256, 256, 1).to(device), mlp(OBS_DIM, 256, 256, ACT_DIM).to(device)
-    critics = nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(2)]).to(device)
-    targets = copy.deepcopy(critics)
+    value = mlp(OBS_DIM, 256, 256, 1).to(device)
+    mean = mlp(OBS_DIM, 256, 256, ACT_DIM).to(device)
     log_std = nn.Parameter(torch.zeros(ACT_DIM, device=device))
-    value_optimizer, critic_optimizer, actor_optimizer = (
-        adam(value),
-        adam(critics),
-        adam(mean, log_std),
-    )
+    critics = make_critics(2).to(device)
+    targets = copy.deepcopy(critics)
+    value_optimizer = adam(value)
+    critic_optimizer = adam(critics)
+    actor_optimizer = adam(mean, log_std)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, 1_000_000)
 
     def update(i):
-        observations, actions, rewards, next_observations, terminals = draw(parts)
+        s, a, r, next_s, done = draw(parts)
         with torch.no_grad():
-            y = rewards + (1 - terminals) * 0.99 * value(next_observations)
-            target_q = torch.min(*values(targets, observations, actions))
-        advantage = target_q - value(observations)
-        descend(
-            torch.mean(torch.abs(0.7 - (advantage < 0).float()) * advantage**2), value_optimizer
-        )
-        descend(
-            sum(F.mse_loss(q, y) for q in values(critics, observations, actions)) / 2,
-            critic_optimizer,
-        )
+            y = r + (1 - done) * 0.99 * value(next_s)
+            target_q = torch.min(*values(targets, s, a))
+        advantage = target_q - value(s)
+        weight = torch.abs(0.7 - (advantage < 0).float())
+        descend(torch.mean(weight * advantage**2), value_optimizer)
+        descend(sum(F.mse_loss(q, y) for q in values(critics, s, a)) / 2, critic_optimizer)
         follow(targets, critics)
         weight = torch.exp(3.0 * advantage.detach()).clamp(max=100.0).squeeze(-1)
         scale = torch.diag(torch.exp(log_std.clamp(-5.0, 2.0)))
-        policy = torch.distributions.MultivariateNormal(mean(observations), scale_tril=scale)
-        descend(torch.mean(weight * -policy.log_prob(actions)), actor_optimizer)
+        policy = torch.distributions.MultivariateNormal(mean(s), scale_tril=scale)
+        descend(torch.mean(weight * -policy.log_prob(a)), actor_optimizer)
         schedule.step()
 
     return update
@@ -280,17 +279,17 @@ class PlainPolicy(nn.Module):
     def __init__(self, *hidden):
         super().__init__()
         self.hidden = nn.Sequential(mlp(OBS_DIM, *hidden), nn.ReLU())
-        self.mean, self.log_std = nn.Linear(256, ACT_DIM), nn.Linear(256, ACT_DIM)
+        self.mean = nn.Linear(256, ACT_DIM)
+        self.log_std = nn.Linear(256, ACT_DIM)
 
-    def forward(self, observations):
-        h = self.hidden(observations)
-        normal = torch.distributions.Normal(
-            self.mean(h), torch.exp(torch.clamp(self.log_std(h), -20, 2))
-        )
+    def forward(self, s):
+        h = self.hidden(s)
+        std = torch.exp(torch.clamp(self.log_std(h), -20, 2))
+        normal = torch.distributions.Normal(self.mean(h), std)
         raw = normal.rsample()
-        actions = torch.tanh(raw)
-        log_density = normal.log_prob(raw) - torch.log(1 - actions.pow(2) + 1e-6)
-        return actions, log_density.sum(1, keepdim=True)
+        a = torch.tanh(raw)
+        log_density = normal.log_prob(raw) - torch.log(1 - a.pow(2) + 1e-6)
+        return a, log_density.sum(1, keepdim=True)
 
 
 class PlainEnsemble(nn.Module):
@@ -298,14 +297,14 @@ class PlainEnsemble(nn.Module):
 
     def __init__(self):
         super().__init__()
-        sizes = [PAIR, 256, 256, 256, 1]
-        self.weights = nn.ParameterList(
-            torch.randn(10, i, o) / math.sqrt(i) for i, o in zip(sizes, sizes[1:])
-        )
-        self.biases = nn.ParameterList(torch.zeros(10, 1, o) for o in sizes[1:])
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for i, o in ((PAIR, 256), (256, 256), (256, 256), (256, 1)):
+            self.weights.append(torch.randn(10, i, o) / math.sqrt(i))
+            self.biases.append(torch.zeros(10, 1, o))
 
-    def forward(self, observations, actions):
-        x = torch.cat([observations, actions], dim=-1)
+    def forward(self, s, a):
+        x = torch.cat([s, a], dim=-1)
         if x.dim() == 2:
             x = x.unsqueeze(0).repeat_interleave(10, dim=0)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
@@ -314,36 +313,33 @@ class PlainEnsemble(nn.Module):
 
 
 def plain_edac(parts, device):
-    """An update: autograd of the gradients by the actions, an inner product for each pair of critics."""
-    actor, critic = PlainPolicy(256, 256, 256).to(device), PlainEnsemble().to(device)
+    """An update: autograd of the gradients by the actions, a product for each pair of critics."""
+    actor = PlainPolicy(256, 256, 256).to(device)
+    critic = PlainEnsemble().to(device)
     target = copy.deepcopy(critic)
     log_alpha = torch.zeros(1, device=device, requires_grad=True)
-    actor_optimizer, critic_optimizer, alpha_optimizer = adam(actor), adam(critic), adam(log_alpha)
+    actor_optimizer = adam(actor)
+    critic_optimizer = adam(critic)
+    alpha_optimizer = adam(log_alpha)
 
     def update(i):
-        observations, actions, rewards, next_observations, terminals = draw(parts)
-        descend((-log_alpha * (actor(observations)[1].detach() - ACT_DIM)).mean(), alpha_optimizer)
+        s, a, r, next_s, done = draw(parts)
+        descend((-log_alpha * (actor(s)[1].detach() - ACT_DIM)).mean(), alpha_optimizer)
         alpha = log_alpha.exp().detach()
-        policy_actions, log_density = actor(observations)
-        q = critic(observations, policy_actions).min(0).values.unsqueeze(-1)
+        policy_a, log_density = actor(s)
+        q = critic(s, policy_a).min(0).values.unsqueeze(-1)
         descend((alpha * log_density - q).mean(), actor_optimizer)
         with torch.no_grad():
-            next_actions, next_log_density = actor(next_observations)
-            next_q = (
-                target(next_observations, next_actions).min(0).values.unsqueeze(-1)
-                - alpha * next_log_density
-            )
-            y = rewards + 0.99 * (1 - terminals) * next_q
-        critic_loss = ((critic(observations, actions) - y.view(1, -1)) ** 2).mean(dim=1).sum(dim=0)
-        many_actions = actions.unsqueeze(0).repeat_interleave(10, dim=0).requires_grad_(True)
-        many_q = critic(observations.unsqueeze(0).repeat_interleave(10, dim=0), many_actions)
-        (gradient,) = torch.autograd.grad(
-            many_q.sum(), many_actions, retain_graph=True, create_graph=True
-        )
-        gradient = (gradient / (torch.norm(gradient, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(
-            0, 1
-        )
-        products = torch.einsum("bik,bjk->bij", gradient, gradient)
+            next_a, next_log_density = actor(next_s)
+            next_q = target(next_s, next_a).min(0).values.unsqueeze(-1) - alpha * next_log_density
+            y = r + 0.99 * (1 - done) * next_q
+        critic_loss = ((critic(s, a) - y.view(1, -1)) ** 2).mean(dim=1).sum(dim=0)
+        many_s = s.unsqueeze(0).repeat_interleave(10, dim=0)
+        many_a = a.unsqueeze(0).repeat_interleave(10, dim=0).requires_grad_(True)
+        q_sum = critic(many_s, many_a).sum()
+        (e,) = torch.autograd.grad(q_sum, many_a, retain_graph=True, create_graph=True)
+        e = (e / (torch.norm(e, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(0, 1)
+        products = torch.einsum("bik,bjk->bij", e, e)
         others = 1 - torch.eye(10, device=device).unsqueeze(0).repeat(products.shape[0], 1, 1)
         descend(critic_loss + (others * products).sum(dim=(1, 2)).mean() / 9, critic_optimizer)
         follow(target, critic)
@@ -352,43 +348,32 @@ def plain_edac(parts, device):
 
 
 def plain_sac(buffers, num_q, utd, device):
-    """The updates of one environment step: a network and an optimiser per critic, half of a batch from each buffer."""
+    """The updates of one environment step: a network and an optimiser per critic, and an equal part
+    of a batch from each buffer."""
     policy = PlainPolicy(256, 256).to(device)
-    critics = nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(num_q)]).to(device)
+    critics = make_critics(num_q).to(device)
     targets = copy.deepcopy(critics)
     log_alpha = torch.zeros(1, requires_grad=True, device=device)
-    policy_optimizer, alpha_optimizer, critic_optimizers = (
-        adam(policy),
-        adam(log_alpha),
-        [adam(c) for c in critics],
-    )
+    policy_optimizer = adam(policy)
+    alpha_optimizer = adam(log_alpha)
+    critic_optimizers = [adam(critic) for critic in critics]
 
     def step(_):
         alpha = log_alpha.exp().item()
         for i in range(utd):
-            columns = map(
-                np.concatenate, zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
-            )
-            observations, actions, rewards, next_observations, terminals = [
-                torch.Tensor(x).to(device) for x in columns
-            ]
+            drawn = zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
+            s, a, r, next_s, done = [torch.Tensor(np.concatenate(x)).to(device) for x in drawn]
             with torch.no_grad():
-                next_actions, next_log_density = policy(next_observations)
+                next_a, next_log_density = policy(next_s)
                 two = [targets[k] for k in np.random.choice(num_q, 2, replace=False)]
-                next_q = (
-                    torch.cat(values(two, next_observations, next_actions), 1)
-                    .min(dim=1, keepdim=True)
-                    .values
-                )
-                y = rewards + 0.99 * (1 - terminals) * (next_q - alpha * next_log_density)
-            q = torch.cat(values(critics, observations, actions), 1)
+                next_q = torch.cat(values(two, next_s, next_a), 1).min(dim=1, keepdim=True).values
+                y = r + 0.99 * (1 - done) * (next_q - alpha * next_log_density)
+            q = torch.cat(values(critics, s, a), 1)
             descend(F.mse_loss(q, y.expand(-1, num_q)) * num_q, *critic_optimizers)
             if i == utd - 1:
                 critics.requires_grad_(False)
-                policy_actions, log_density = policy(observations)
-                q = torch.cat(values(critics, observations, policy_actions), 1).mean(
-                    1, keepdim=True
-                )
+                policy_a, log_density = policy(s)
+                q = torch.cat(values(critics, s, policy_a), 1).mean(1, keepdim=True)
                 descend((alpha * log_density - q).mean(), policy_optimizer)
                 critics.requires_grad_(True)
                 descend(-(log_alpha * (log_density - ACT_DIM).detach()).mean(), alpha_optimizer)
@@ -399,40 +384,34 @@ def plain_sac(buffers, num_q, utd, device):
 
 def random_shift_by_sampling(images):
     """The public random shift: every image is interpolated at shifted positions."""
-    images, new = (
-        F.pad(images, (4, 4, 4, 4), "replicate"),
-        dict(device=images.device, dtype=images.dtype),
-    )
+    images = F.pad(images, (4, 4, 4, 4), "replicate")
+    new = dict(device=images.device, dtype=images.dtype)
     line = torch.linspace(-1 + 1 / 92, 1 - 1 / 92, 92, **new)[:84]
     base = torch.stack([line.expand(84, 84), line[:, None].expand(84, 84)], dim=-1)
     shift = torch.randint(0, 9, (len(images), 1, 1, 2), **new) * 2 / 92
     return F.grid_sample(images, base + shift, padding_mode="zeros", align_corners=False)
 
 
-def plain_drqbc(frames, actions, rewards, device):
+def plain_drqbc(parts, device):
     """An update: the batch is drawn as a data loader does, image by image from numpy."""
-    layers = [nn.Conv2d(9, 32, 3, stride=2), *(nn.Conv2d(32, 32, 3) for _ in range(3))]
-    encoder = nn.Sequential(
-        *(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten()
-    ).to(device)
+    layers = [nn.Conv2d(9, 32, 3, stride=2), nn.ReLU()]
+    for _ in range(3):
+        layers += [nn.Conv2d(32, 32, 3), nn.ReLU()]
+    encoder = nn.Sequential(*layers, nn.Flatten()).to(device)
     trunk = nn.Sequential(nn.Linear(39_200, 50), nn.LayerNorm(50), nn.Tanh()).to(device)
     actor = nn.Sequential(trunk, mlp(50, 1024, 1024, ACT_DIM), nn.Tanh()).to(device)
-    critic_trunk, critics = (
-        copy.deepcopy(trunk),
-        nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)]),
-    )
-    critic = nn.ModuleList([critic_trunk, critics]).to(device)
+    critics = nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)])
+    critic = nn.ModuleList([copy.deepcopy(trunk), critics]).to(device)
     target = copy.deepcopy(critic)
-    actor_optimizer, critic_optimizer, encoder_optimizer = adam(actor), adam(critic), adam(encoder)
+    actor_optimizer = adam(actor)
+    critic_optimizer = adam(critic)
+    encoder_optimizer = adam(encoder)
 
     def draw_one():
-        i = np.random.randint(3, len(frames) - 3)
-        return (
-            frames[i - 3 : i].reshape(9, 84, 84),
-            actions[i],
-            rewards[i],
-            frames[i : i + 3].reshape(9, 84, 84),
-        )
+        frames, actions, rewards = parts
+        i = np.random.randint(3, len(rewards) - 3)
+        images = frames[i - 3 : i].reshape(9, 84, 84)
+        return images, actions[i], rewards[i], frames[i : i + 3].reshape(9, 84, 84)
 
     def encode(images):
         return encoder(random_shift_by_sampling(images.float()) / 255.0 - 0.5)
@@ -443,39 +422,24 @@ def plain_drqbc(frames, actions, rewards, device):
         return raw - raw.detach() + torch.clamp(raw, -1 + 1e-6, 1 - 1e-6).detach()
 
     def update(i):
-        batch = [np.stack(x) for x in zip(*(draw_one() for _ in range(BATCH)))]
+        batch = [np.stack(x) for x in zip(*[draw_one() for _ in range(BATCH)])]
         images, a, r, next_images = [torch.as_tensor(x, device=device) for x in batch]
         h = encode(images)
         with torch.no_grad():
             next_h = encode(next_images)
             y = r[:, None] + 0.97 * torch.min(*values(target[1], target[0](next_h), sample(next_h)))
-        descend(
-            sum(F.mse_loss(q, y) for q in values(critics, critic_trunk(h), a)),
-            encoder_optimizer,
-            critic_optimizer,
-        )
-        policy_actions = sample(h.detach())
-        q = torch.min(*values(critics, critic_trunk(h.detach()), policy_actions))
-        descend(
-            -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_actions, a),
-            actor_optimizer,
-        )
+        losses = [F.mse_loss(q, y) for q in values(critic[1], critic[0](h), a)]
+        descend(sum(losses), encoder_optimizer, critic_optimizer)
+        h = h.detach()
+        policy_a = sample(h)
+        q = torch.min(*values(critic[1], critic[0](h), policy_a))
+        descend(cloning_loss(q, policy_a, a), actor_optimizer)
         follow(target, critic, tau=0.01)
 
     return update
 
 
-# --- Rows of the table ------------------------------------------------------------------------------------------------
-# Each returns what `take_turns` does.
-
-
-def resolved(script, device, **options):
-    """The arguments of a script as its main resolves them."""
-    args = script.Args(device=device, **options)
-    for pattern, defaults in script.DEFAULTS.items():
-        if re.match(pattern, args.env):
-            edm.fill(args, defaults)
-    return args
+# --- Rows of the table, each with what `take_turns` returns ---------------------------------------
 
 
 def random_rows(num_rows):
@@ -484,11 +448,13 @@ def random_rows(num_rows):
     return rows
 
 
-def training(device, count, repeats):
+def training(part, device, count, repeats):
     """A step of train_edm, which waits at its checkpoints while the others have their turn."""
-    rows, model, turns = torch.randn(50_000, DIM), edm.EDM(DIM).to(device), []
+    rows = torch.randn(50_000, DIM)
+    model = edm.EDM(DIM).to(device)
     plain = plain_training(rows, device)
     multiply = multiplies_of(lambda: model.loss(rows[:BATCH].to(device)).backward(), device)
+    turns = []
     last = clock()
 
     def save(state):
@@ -499,139 +465,115 @@ def training(device, count, repeats):
         last = clock()
 
     args = edm.DiffusionArgs(diffusion_steps=count * (repeats + 1), diffusion_recipe="paper")
-    edm.train_edm(rows, args, device=device, save=save, save_every=count)
+    args.checkpoint_every = count
+    run = SimpleNamespace(saved=dict(stage=""), log=lambda step, values: None, save=save)
+    edm.train_edm(rows, args, device=device, run=run)
     return turns[1:]
 
 
 @torch.no_grad()
-def sampling(device, count, repeats):
+def sampling(part, device, count, repeats):
     """A network call, per row: our sampler makes 32, the plain one three here."""
-    rows, plain_rows = (100_000, 100_000) if device == "cuda" else (2_000, 10_000)
-    model, plain_model = edm.EDM(DIM).to(device).requires_grad_(False), PlainEDM().to(device)
-    x, plain_x = torch.randn(rows, DIM, device=device), torch.randn(plain_rows, DIM, device=device)
+    num_rows = 100_000 if device == "cuda" else 2_000
+    num_plain = 100_000 if device == "cuda" else 10_000
+    model = edm.EDM(DIM).to(device).requires_grad_(False)
+    plain_model = PlainEDM().to(device)
+    x = torch.randn(num_rows, DIM, device=device)
+    plain_x = torch.randn(num_plain, DIM, device=device)
+    sigmas = edm.karras_sigmas(3)
     multiply = multiplies_of(lambda: model(x, 1.0), device)
 
     def ours(i):
-        edm.generate(model, rows, edm.DiffusionArgs(sample_steps=32))
+        edm.generate(model, num_rows)
 
     def plain(i):
-        edm.sample_dpmpp(plain_model.denoise, plain_x, edm.karras_sigmas(3)).cpu()
+        edm.sample_dpmpp(plain_model.denoise, plain_x, sigmas).cpu()
 
-    return take_turns(
-        ours, lambda i: multiply(), plain, count, repeats, units=(32 * rows, rows, 3 * plain_rows)
-    )
+    units = (32 * num_rows, num_rows, 3 * num_plain)
+    return take_turns(ours, lambda i: multiply(), plain, count, repeats, units)
 
 
-def offline(device, count, repeats, name):
-    """An update of TD3+BC, IQL or EDAC, as in the script's main."""
-    script = importlib.import_module(f"synther_{name}")
-    args = resolved(script, device, env="walker2d-medium-v2")
+def offline(part, device, count, repeats):
+    """An update of TD3+BC, IQL or EDAC."""
+    script = importlib.import_module(f"synther_{part}")
+    args = script.Args(env="walker2d-medium-v2", device=device)
+    script.fill_args(args)
     rows = random_rows(100_000).to(device)
-    plain = {"td3bc": plain_td3bc, "iql": plain_iql, "edac": plain_edac}[name]
-    plain = plain([part.contiguous() for part in rows.split(SIZES, dim=1)], device)
-    agent = getattr(script, name.upper())(OBS_DIM, ACT_DIM, 1.0, args)
-    batch, losses = (
-        torch.empty(BATCH, DIM, device=device),
-        torch.zeros(len(agent.LOSSES), device=device),
-    )
-
-    def train_step():
-        batch.copy_(rows[torch.randint(len(rows), (BATCH,), device=device)])
-        losses.add_(agent.update_critic(batch) if name == "td3bc" else agent.update(batch))
-
-    def actor_step():
-        losses[1] += args.policy_freq * agent.update_actor(batch)
-
-    def update(i, train_step, actor_step=None):
-        if name == "iql":
-            agent.anneal(i)
-        train_step()
-        if actor_step and i % args.policy_freq == 1:
-            actor_step()
-
-    steps = (train_step, actor_step) if name == "td3bc" else (train_step,)
-    return take_turns(*ours_and_limit(device, update, *steps), plain, count, repeats)
+    make_plain = {"td3bc": plain_td3bc, "iql": plain_iql, "edac": plain_edac}[part]
+    plain = make_plain([x.contiguous() for x in rows.split(SIZES, dim=1)], device)
+    agent = getattr(script, part.upper())(OBS_DIM, ACT_DIM, 1.0, args)
+    loss_sums = torch.zeros(len(agent.LOSSES), device=device)
+    update = script.make_update(args, agent, rows, loss_sums)
+    return take_turns(*with_limit(update, device), plain, count, repeats)
 
 
-def online(device, count, repeats, algo):
-    """A critic update of SAC (SynthER) or REDQ, at 20 per environment step, as in the script's main."""
+def online(part, device, count, repeats):
+    """A critic update of SAC (SynthER) or REDQ, at 20 per environment step."""
     import synther_sac_online as script
 
-    args = resolved(script, device, env="HalfCheetah-v4", algo=algo)
-    edm.fill(args, script.ALGOS[algo])
-    replay = random_rows(20_000).to(device)
-    buffers = [
-        [part.numpy() for part in replay.cpu().repeat(n, 1).split(SIZES, dim=1)] for n in (1, 10)
-    ]
-    plain = plain_sac(buffers if algo == "synther" else buffers[:1], args.num_q, args.utd, device)
-    synthetic = replay.repeat(10, 1) if algo == "synther" else replay[:0]
+    args = script.Args(env="HalfCheetah-v4", algo=part, device=device)
+    script.fill_args(args)
+    rows = random_rows(20_000).to(device)
+    replay = SimpleNamespace(rows=rows, step=len(rows), synthetic=rows[:0])
+    buffers = [[x.numpy() for x in rows.cpu().split(SIZES, dim=1)]]
+    if part == "synther":
+        replay.synthetic = rows.repeat(10, 1)
+        buffers.append([x.repeat(10, axis=0) for x in buffers[0]])
+    plain = plain_sac(buffers, args.num_q, args.utd, device)
     agent = script.SAC(OBS_DIM, ACT_DIM, args)
-    batch, losses = (
-        torch.empty(BATCH, DIM, device=device),
-        torch.zeros(len(agent.LOSSES), device=device),
-    )
+    update = script.make_update(args, agent, replay, torch.zeros(2, device=device))
+    critic_step = multiplies_of(lambda: agent.update(rows[:BATCH], with_actor=False), device)
+    last_step = multiplies_of(lambda: agent.update(rows[:BATCH], with_actor=True), device)
 
-    def critic_step():
-        losses.add_(agent.update(batch, with_actor=False))
+    def limit(i):
+        for _ in range(args.utd - 1):
+            critic_step()
+        last_step()
 
-    def last_step():
-        losses.add_(agent.update(batch, with_actor=True))
-
-    def updates(_, critic_step, last_step):
-        batches = script.sample_batches(replay, synthetic, args.utd, BATCH, args.synther_ratio)
-        for i in range(args.utd):
-            batch.copy_(batches[i])
-            critic_step() if i < args.utd - 1 else last_step()
-
-    ours, limit = ours_and_limit(device, updates, critic_step, last_step)
-    return take_turns(ours, limit, plain, count, repeats, units=3 * (args.utd,))
+    return take_turns(lambda i: update(), limit, plain, count, repeats, units=3 * (args.utd,))
 
 
-def pixels(device, count, repeats):
-    """An update of DrQ+BC from images, as in the script's main."""
+def pixels(part, device, count, repeats):
+    """An update of DrQ+BC from images."""
     import synther_vd4rl as script
 
     args = script.Args(device=device)
-    frames = np.random.randint(0, 256, (4_000, 3, 84, 84), dtype=np.uint8)
-    actions = np.random.uniform(-1, 1, (4_000, ACT_DIM)).astype(np.float32)
-    rewards = np.random.uniform(0, 2, 4_000).astype(np.float32)
-    plain_update = plain_drqbc(frames, actions, rewards, device)
-    agent = script.Agent(ACT_DIM, args, "stage1")
-    images, a, r = (torch.as_tensor(x, device=device) for x in (frames, actions, rewards))
-    noise, losses = torch.full((), 0.5, device=device), torch.zeros(2, device=device)
+    script.fill_args(args)
+    frames = torch.randint(0, 256, (4_004, 3, 84, 84), dtype=torch.uint8)
+    data = dict(frames=frames, row=torch.arange(4_000), start=torch.zeros(4_000, dtype=torch.long))
+    data |= dict(action=2 * torch.rand(4_000, ACT_DIM) - 1, reward=2 * torch.rand(4_000))
+    data["discount"] = torch.full((4_000,), 0.97)
+    parts = [data[key].numpy() for key in ("frames", "action", "reward")]
+    plain_update = plain_drqbc(parts, device)
+    data = {key: x.to(device) for key, x in data.items()}
+    agent = script.DrQBC(ACT_DIM, args, "stage1")
+    loss_sums = torch.zeros(2, device=device)
+    update = script.make_update(args, agent, lambda: script.draw_images(args, data), loss_sums)
+    update_once, limit = with_limit(update, device)
 
-    def train_step():
-        row = torch.randint(3, 3_900, (args.batch_size,), device=device)
-        stacks = (
-            script.stacked(images, last, torch.zeros_like(row)) for last in (row - 1, row + 2)
-        )
-        batch, next_batch = (script.random_shift(stack) for stack in stacks)
-        losses.add_(
-            agent.update(batch, a[row], r[row], torch.full_like(r[row], 0.97), next_batch, noise)
-        )
-
-    def update(i, train_step):
+    def ours(i):
         script.keep_freed_memory()
-        train_step()
+        update_once(i)
 
     def plain(i):
-        for threshold, size in ((-1, 2**26), (-3, 2**25)) if sys.platform == "linux" else ():
-            ctypes.CDLL(None).mallopt(
-                threshold, size
-            )  # where glibc's own thresholds, which grow by themselves, end
+        if sys.platform == "linux":  # where glibc's own thresholds, which grow by themselves, end
+            ctypes.CDLL(None).mallopt(-1, 2**26)
+            ctypes.CDLL(None).mallopt(-3, 2**25)
         plain_update(i)
 
-    return take_turns(*ours_and_limit(device, update, train_step), plain, count, repeats)
+    return take_turns(ours, limit, plain, count, repeats)
 
 
-# --- Memory -----------------------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
-def peak_memory(label, script, **options):
+def peak_memory(label, script, folder, **options):
     """Run a script in a process of its own, and print its peak memory."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, str(ROOT / script), "--device=cpu", "--eval-episodes=0", *options]
+    options |= dict(device="cpu", out_dir=folder, eval_episodes=0, sample_steps=2)
+    options |= dict(diffusion_steps=10, diffusion_width=32)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     start = time.perf_counter()
+    command = [sys.executable, str(ROOT / script), *words]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     print(f"{label}: peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
@@ -639,16 +581,10 @@ def peak_memory(label, script, **options):
 
 def memory_of_rows(num_rows, folder):
     """synther_td3bc.py on random data of Walker2d's size, with a tiny network."""
-    np.savez(Path(folder) / "data.npz", **edm.unpack(random_rows(20_000), OBS_DIM, ACT_DIM))
-    options = dict(
-        env="Walker2d-v4", dataset_path=f"{folder}/data.npz", out_dir=folder, num_samples=num_rows
-    )
-    options |= dict(
-        diffusion_steps=10, diffusion_width=32, diffusion_depth=1, sample_steps=2, updates=20
-    )
-    peak_memory(
-        f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f} GB)", "synther_td3bc.py", **options
-    )
+    np.savez(f"{folder}/data.npz", **edm.unpack(random_rows(20_000), OBS_DIM))
+    label = f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f} GB)"
+    options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", num_samples=num_rows)
+    peak_memory(label, "synther_td3bc.py", folder, **options, diffusion_depth=1, updates=20)
 
 
 def memory_of_images(num_images, folder):
@@ -659,126 +595,72 @@ def memory_of_images(num_images, folder):
         with h5py.File(files / f"{i:05}.hdf5", "w") as f:
             f["observation"] = np.random.randint(0, 256, (501, 3, 84, 84), dtype=np.uint8)
             f["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
-            f["reward"], f["discount"] = np.ones((2, 501), np.float32)
+            f["reward"] = np.ones(501, np.float32)
+            f["discount"] = np.ones(501, np.float32)
             f["step_type"] = np.array([0] + 499 * [1] + [2])
-    options = dict(
-        env="walker-walk-expert",
-        dataset_path=folder,
-        out_dir=folder,
-        stage1_updates=20,
-        stage2_updates=20,
-    )
-    options |= dict(diffusion_steps=10, diffusion_width=32, sample_steps=2, num_samples=100_000)
-    peak_memory(
-        f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f} GB)",
-        "synther_vd4rl.py",
-        **options,
-    )
+    label = f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f} GB)"
+    options = dict(dataset_path=folder, stage1_updates=20, stage2_updates=20, num_samples=100_000)
+    peak_memory(label, "synther_vd4rl.py", folder, **options)
 
 
-# --- Table ------------------------------------------------------------------------------------------------------------
+# --- Table ----------------------------------------------------------------------------------------
 
-ROWS = (  # part of --only, name, unit, units per second, function, calls per turn on a CPU and on a GPU
-    ("training", "diffusion step, 6 x 1024, batch 256", "ms/step", 1e3, training, 40, 500),
-    ("sampling", "sampling, one network call", "us/row", 1e6, sampling, 1, 1),
-    (
-        "td3bc",
-        "TD3+BC update, 2 x 256, batch 256",
-        "us/update",
-        1e6,
-        partial(offline, name="td3bc"),
-        300,
-        5_000,
-    ),
-    (
-        "iql",
-        "IQL update, 2 x 256, batch 256",
-        "us/update",
-        1e6,
-        partial(offline, name="iql"),
-        300,
-        5_000,
-    ),
-    (
-        "edac",
-        "EDAC update, 10 critics, 3 x 256",
-        "us/update",
-        1e6,
-        partial(offline, name="edac"),
-        40,
-        5_000,
-    ),
-    (
-        "sac",
-        "SAC (SynthER) update, 20 per step",
-        "us/update",
-        1e6,
-        partial(online, algo="synther"),
-        20,
-        200,
-    ),
-    ("sac", "REDQ update, 20 per step", "us/update", 1e6, partial(online, algo="redq"), 8, 200),
-    ("drqbc", "DrQ+BC update from images, batch 256", "ms/update", 1e3, pixels, 2, 200),
+ROWS = (  # part of --only, name, unit, function, calls per turn on a CPU and on a GPU
+    ("training", "diffusion step, 6 x 1024, batch 256", "ms/step", training, 40, 500),
+    ("sampling", "sampling, one network call", "us/row", sampling, 1, 1),
+    ("td3bc", "TD3+BC update, 2 x 256, batch 256", "us/update", offline, 300, 5_000),
+    ("iql", "IQL update, 2 x 256, batch 256", "us/update", offline, 300, 5_000),
+    ("edac", "EDAC update, 10 critics, 3 x 256", "us/update", offline, 40, 5_000),
+    ("synther", "SAC (SynthER) update, 20 per step", "us/update", online, 20, 200),
+    ("redq", "REDQ update, 20 per step", "us/update", online, 8, 200),
+    ("drqbc", "DrQ+BC update from images, batch 256", "ms/update", pixels, 2, 200),
 )
 
 
-def show(name, unit, scale, turns):
-    """One line of the table."""
-    ours, limit, plain = (statistics.median(column) * scale for column in zip(*turns))
+def show(name, unit, turns):
+    """Print a line of the table."""
+    scale = 1e3 if unit.startswith("ms") else 1e6
     ratio = statistics.median(plain / ours for ours, _, plain in turns)
     share = statistics.median(limit / ours for ours, limit, _ in turns)
-    print(
-        f"{name:<36} {unit:<10} {ours:9.3f} {plain:9.3f} {limit:9.3f} {ratio:10.2f}x {share:9.0%}",
-        flush=True,
-    )
+    ours, limit, plain = [f"{scale * statistics.median(x):9.3f}" for x in zip(*turns)]
+    print(f"{name:<36} {unit:<10} {ours} {plain} {limit} {ratio:10.2f}x {share:9.0%}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
-    parser.add_argument("--quick", action="store_true", help="shorter turns")
-    parser.add_argument(
-        "--only", choices={row[0]: None for row in ROWS}, help="one part of the table"
-    )
-    parser.add_argument(
-        "--memory", type=int, nargs="?", const=5_000_000, metavar="ROWS", help="peak memory instead"
-    )
-    parser.add_argument(
-        "--image-memory", type=int, nargs="?", const=100_000, metavar="IMAGES", help="likewise"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--repeats", type=int, default=5, help="turns that count")
+    add("--quick", action="store_true", help="shorter turns")
+    add("--only", choices=[row[0] for row in ROWS], help="one part of the table")
+    number = dict(type=int, nargs="?", help="peak memory instead, with so many")
+    add("--memory", const=5_000_000, metavar="ROWS", **number)
+    add("--image-memory", const=100_000, metavar="IMAGES", **number)
     args = parser.parse_args()
     if args.memory or args.image_memory:
+        measure = memory_of_rows if args.memory else memory_of_images
         with tempfile.TemporaryDirectory() as folder:
-            return (
-                memory_of_rows(args.memory, folder)
-                if args.memory
-                else memory_of_images(args.image_memory, folder)
-            )
-    device = (
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+            return measure(args.memory or args.image_memory, folder)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else (re.findall("model name.*: (.*)", cpu) or ["CPU"])[0]
-    )
-    print(
-        f"{name} | torch {torch.__version__} | {torch.get_num_threads()} threads | float32 matmul as {OUR_PRECISION}"
-    )
-    print(
-        f"{'':<36} {'unit':<10} {'ours':>9} {'plain':>9} {'matmul':>9} {'speed-up':>11} {'of limit':>9}"
-    )
-    for part, name, unit, scale, measure, cpu_calls, gpu_calls in ROWS:
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    if device == "cpu" and Path("/proc/cpuinfo").exists():
+        name = re.findall("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[0]
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"{name} | torch {torch.__version__} | {threads} | float32 matmul as {OUR_PRECISION}")
+    columns = f"{'ours':>9} {'plain':>9} {'matmul':>9} {'speed-up':>11} {'of limit':>9}"
+    print(f"{'':<36} {'unit':<10} {columns}")
+    for part, name, unit, measure, cpu_calls, gpu_calls in ROWS:
         if args.only in (None, part):
             calls = gpu_calls if device == "cuda" else cpu_calls
-            turns = measure(device, max(calls // 4, 1) if args.quick else calls, args.repeats)
-            show(name, unit, scale, turns)
+            calls = max(calls // 4, 1) if args.quick else calls
+            turns = measure(part, device, calls, args.repeats)
+            show(name, unit, turns)
             if part == "sampling":
                 turns = [(32 * ours, 32 * limit, 255 * plain) for ours, limit, plain in turns]
-                show("sampling, 32 calls (plain: 255)", unit, scale, turns)
+                show("sampling, 32 calls (plain: 255)", unit, turns)
 
 
 if __name__ == "__main__":

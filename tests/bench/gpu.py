@@ -2,21 +2,23 @@
 
     python tests/bench/gpu.py --data walker2d_medium_replay.hdf5
 
-1. CUDA agrees with the CPU: 20 steps of the sampler and 200 agent updates from the same weights, noise and batches.
-   CUDA graphs agree with eager steps, offline and online.
+1. CUDA agrees with the CPU, from the same weights, noise and batches. CUDA graphs agree with eager
+   steps, offline and online.
 2. The table of bench.py.
-3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M TD3+BC updates),
-   generated and real, then with IQL and EDAC on the same samples, timed.
+3. The paper's experiment on Walker2d in full (100,000 diffusion steps of 6 x 1024, 5M samples, 1M
+   TD3+BC updates), generated and real, then with IQL and EDAC on the same samples, timed.
 4. The online experiment on HalfCheetah, 100,000 steps, with all three methods, timed.
-5. With --data: the paper's recipe in full on 45,000 rows, and `fast` in the same seconds and a tenth of them.
+5. With --data: the paper's recipe in full on 45,000 rows, `fast` for as long, and for a tenth.
 
---only picks one of the five. --quick shrinks the last four. `--quick --device cpu` tries the command without a GPU.
+`--quick --device cpu` tries the command without a GPU.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -26,53 +28,48 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "tests/paper")]
+from dynamics import dynamics_scores
+
 import edm
 import synther_edac
 import synther_iql
 import synther_sac_online
 import synther_td3bc
-from dynamics import dynamics_scores
 
 
 @dataclass
 class Args:
-    data: Optional[str] = None
-    """D4RL-layout HDF5 of Walker2d for the third and fifth part; without it, the third downloads D4RL's"""
-    out_dir: str = "runs"
-    """where its run folders go"""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """cpu tries the command"""
+    data: Optional[str] = None  # D4RL-layout HDF5 of Walker2d, for 3 and 5; else 3 downloads D4RL's
+    out_dir: str = "runs"  # where its run folders go
+    device: Literal["cuda", "cpu"] = "cuda"  # cpu tries the command
+    # One part alone
     only: Optional[Literal["agreement", "bench", "experiment", "online", "recipes"]] = None
-    """one part alone"""
-    quick: bool = False
-    """small sizes"""
-
-
-# --- Agreement --------------------------------------------------------------------------------------------------------
+    quick: bool = False  # small sizes
 
 
 def largest_difference(a, b):
     """The largest difference of two tensors, relative to the largest entry."""
-    return ((a.cpu() - b.cpu()).abs().max() / b.abs().max()).item()
+    return ((a.cpu() - b.cpu()).abs().max() / b.cpu().abs().max()).item()
 
 
 @torch.no_grad()
 def sampler_difference(device):
-    """Relative difference between device and CPU after 20 calls of the default denoiser by the sampler."""
+    """Relative difference between device and CPU after 20 calls of the default denoiser."""
     torch.manual_seed(0)
-    model, x, sigmas = edm.EDM(42), 80 * torch.randn(256, 42), edm.karras_sigmas(20)
+    model = edm.EDM(42)
+    x = 80 * torch.randn(256, 42)
+    sigmas = edm.karras_sigmas(20)
     rows = edm.sample_dpmpp(model, x, sigmas)
     return largest_difference(edm.sample_dpmpp(model.to(device), x.to(device), sigmas), rows)
 
 
 def agent_difference(device, updates=200):
-    """Relative difference of the actor's actions after the same updates on device and CPU, without target noise."""
+    """Relative difference of actions after the same updates on device and CPU, without noise."""
     agents = []
-    for d in (device, "cpu"):
+    for place in (device, "cpu"):
         torch.manual_seed(0)
-        agents.append(
-            synther_td3bc.TD3BC(17, 6, 1.0, synther_td3bc.Args(policy_noise=0.0, device=d))
-        )
+        args = synther_td3bc.Args(policy_noise=0.0, device=place)
+        agents.append(synther_td3bc.TD3BC(17, 6, 1.0, args))
     for i in range(updates):
         batch = torch.randn(256, 42)
         batch[:, -1] = batch[:, -1] > 2
@@ -82,50 +79,39 @@ def agent_difference(device, updates=200):
                 agent.update_actor(batch.to(agent.args.device))
     x = torch.randn(256, 17)
     with torch.no_grad():
-        return largest_difference(agents[0].actor(x.to(device)), agents[1].actor(x))
+        return largest_difference(*[agent.actor.act(x.to(agent.args.device)) for agent in agents])
 
 
-def graph_difference(run):
-    """Relative difference of what run() computes, a dict of tensors, with CUDA graphs and with eager steps."""
-    recorded, cuda_graph = run(), edm.cuda_graph
-    edm.cuda_graph = lambda step: step
-    eager = run()
-    edm.cuda_graph = cuda_graph
+def graph_difference(train):
+    """Relative difference of what train() gives, a dict of tensors, with and without graphs."""
+    recorded = train()
+    with unittest.mock.patch("edm.cuda_graph", lambda step: step):
+        eager = train()
     return max(largest_difference(recorded[name], eager[name]) for name in recorded)
 
 
-def train_a_little(script, device, **options):
+def train_a_little(script, device):
     """The critics' weights after a run of a script without evaluation."""
+    options = dict(data="real", updates=300)
+    if script is synther_sac_online:
+        options = dict(env="Pendulum-v1", total_steps=400, learning_starts=100, retrain_every=250)
+        options["diffusion_steps"] = 100
     with tempfile.TemporaryDirectory() as folder:
         script.main(script.Args(eval_episodes=0, out_dir=folder, device=device, **options))
-        agent = edm.load_file(next(Path(folder).glob("*/checkpoint.pt")))["agent"]
+        agent = edm.load_torch(next(Path(folder).glob("*/checkpoint.pt")))["agent"]
     return {name: x for name, x in agent.items() if name.startswith("critic.")}
 
 
 def agreement(device):
-    print(
-        f"{device} against CPU, relative: 20 steps of the sampler {sampler_difference(device):.1e}"
-    )
+    print(f"{device} against CPU: 20 steps of the sampler {sampler_difference(device):.1e}")
     print(f"200 agent updates: {agent_difference(device):.1e}")
-    rows, few = torch.randn(5_000, 42), edm.DiffusionArgs(diffusion_steps=300, diffusion_width=256)
-    difference = graph_difference(
-        lambda: dict(edm.train_edm(rows, few, device=device).denoiser.named_parameters())
-    )
+    rows = torch.randn(5_000, 42)
+    few = edm.DiffusionArgs(diffusion_steps=300, diffusion_width=256)
+    difference = graph_difference(lambda: edm.train_edm(rows, few, device=device).state_dict())
     print(f"graphs against eager steps, 300 diffusion steps: {difference:.1e}")
-    online = dict(
-        env="Pendulum-v1",
-        total_steps=400,
-        learning_starts=100,
-        retrain_every=250,
-        diffusion_steps=100,
-    )
     for script in (synther_td3bc, synther_iql, synther_edac, synther_sac_online):
-        options = online if script is synther_sac_online else dict(data="real", updates=300)
-        difference = graph_difference(lambda: train_a_little(script, device, **options))
+        difference = graph_difference(lambda: train_a_little(script, device))  # noqa: B023
         print(f"graphs against eager steps, {script.__name__}: {difference:.1e}", flush=True)
-
-
-# --- Experiments ------------------------------------------------------------------------------------------------------
 
 
 def run(args, script, *options):
@@ -137,71 +123,57 @@ def run(args, script, *options):
 
 
 def experiment(args, small):
-    common = [
-        "--env",
-        "walker2d-medium-replay-v2",
-        *(small + ["--updates", 500] if args.quick else []),
-    ]
+    common = ["--env", "walker2d-medium-replay-v2", *small]
+    common += ["--updates", 500] if args.quick else []
     common += ["--dataset-path", args.data] if args.data else []
     for data in ("synther", "real"):
         run(args, "synther_td3bc.py", *common, "--data", data)
-    samples = max(
-        Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz"),
-        key=lambda x: x.stat().st_mtime,
-    )
+    found = Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz")
+    samples = max(found, key=os.path.getmtime)
     for script in ("synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--synthetic-path", samples)
         run(args, script, *common, "--data", "real")
 
 
 def online(args, small):
-    small = (
-        small + ["--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
-        if args.quick
-        else []
-    )
+    if args.quick:
+        small = [*small, "--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
     for algo in ("synther", "redq", "sac"):
         run(args, "synther_sac_online.py", "--env", "HalfCheetah-v4", "--algo", algo, *small)
 
 
 def recipes(args):
-    """The paper's recipe in full, then `fast` for as long and for a tenth of that: quality of the samples."""
+    """Quality of the samples of the paper's recipe in full, and of `fast` for as long and a tenth."""
     rows = edm.pack(**edm.load_transitions(args.data, true_next_obs=True))
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:45_000]]
 
     def train(recipe, steps):
-        start, options = (
-            time.time(),
-            edm.DiffusionArgs(diffusion_recipe=recipe, diffusion_steps=steps),
-        )
-        return edm.train_edm(
-            rows, options, raw_columns=[-1], device=args.device
-        ), time.time() - start
+        start = time.time()
+        options = edm.DiffusionArgs(diffusion_recipe=recipe, diffusion_steps=steps)
+        model = edm.train_edm(rows, options, raw_columns=[-1], device=args.device)
+        return model, time.time() - start
 
     trial_steps = 50 if args.quick else 2_000
     train("fast", trial_steps)  # the first training on a GPU is slower
     step_seconds = train("fast", trial_steps)[1] / trial_steps
     model, seconds = train("paper", 200 if args.quick else 100_000)
+    num_samples = 2_000 if args.quick else 100_000
     for recipe, share in (("paper", 1), ("fast", 1), ("fast", 0.1)):
         if recipe == "fast":
             model, _ = train("fast", round(share * seconds / step_seconds))
-        for sampler in ("dpmpp", "sde"):
-            new = edm.generate(
-                model, 2_000 if args.quick else 100_000, edm.DiffusionArgs(sampler=sampler)
-            )
-            new[:, -1] = new[:, -1] > 0.5
-            scores = edm.quality_report(rows, new) | dynamics_scores(
-                "Walker2d-v4", edm.unpack(new[:10_000], 17, 6)
-            )
-            scores = {
-                key: round(scores[key], 4)
-                for key in ("marginal", "correlation", "dynamics", "recall")
-            }
+        for sampler, steps in (("dpmpp", 32), ("sde", 128)):
+            options = dict(sampler=sampler, sample_steps=steps, terminals="column")
+            new = edm.generate_transitions(model, rows, num_samples, **options)
+            scores = edm.quality_report(rows, new)
+            scores |= dynamics_scores("Walker2d-v4", edm.unpack(new[:10_000], 17))
+            keys = ("marginal", "correlation", "dynamics", "recall")
+            scores = {key: round(scores[key], 4) for key in keys}
             print(f"{recipe}, {share * seconds:.0f} s of training, {sampler}: {scores}", flush=True)
 
 
 def main(args):
     small = ["--diffusion-steps", 200, "--diffusion-width", 64, "--num-samples", 20_000]
+    small = small if args.quick else []
     if args.only in (None, "agreement"):
         agreement(args.device)
     if args.only in (None, "bench"):

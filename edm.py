@@ -103,7 +103,7 @@ class DiffusionArgs:
     diffusion_batch_size: Optional[Count] = None  # rows per step (256; paper, large data: 1024)
     diffusion_lr: Optional[Positive] = None  # falls to 0 along a cosine (paper: 3e-4; fast: 2e-3)
     diffusion_seed: NotNegativeInt = 0  # of the diffusion model and its samples
-    checkpoint_every: Count = 5_000  # its training steps between checkpoints
+    checkpoint_every: Count = 5_000  # its steps between checkpoints (not online)
 
     # Samples
     sample_steps: Optional[Count] = None  # noise levels (dpmpp: 32; sde: 128, as the paper)
@@ -446,7 +446,7 @@ def load_torch(path, device="cpu"):
     """What `save_torch` wrote. RunError where the file cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # of many kinds
+    except Exception:
         raise RunError(f"cannot read {path}: if it is damaged, delete it") from None
 
 

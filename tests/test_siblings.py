@@ -170,8 +170,7 @@ def test_another_agent_on_the_same_samples(folders, tmp_path, script):
 
 
 class Point(gym.Env):
-    """A point on a line that moves by a tenth of the action. It should go to the middle from where
-    it starts, anywhere."""
+    """A point on a line, moved by a tenth of the action. It should go to the middle."""
 
     observation_space = gym.spaces.Box(-2, 2, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -298,8 +297,7 @@ def test_rewards_of_d4rls_antmaze_are_shifted(tmp_path, monkeypatch, point, scri
     seen = record(monkeypatch, script)
     is_d4rls = env == "antmaze-umaze-v2"
     options = TINY | point | dict(env=env, data=data, updates=2, eval_episodes=int(not is_d4rls))
-    if data == "real":
-        options["synthetic_path"] = None
+    options["synthetic_path"] = None if data == "real" else point["synthetic_path"]
     folder = run(script, tmp_path, **options)
     real = edm.pack(**edm.load_transitions(point["dataset_path"]))
     for dataset in loaded:
@@ -496,14 +494,14 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
 
 def test_plot_that_fails_leaves_the_results(tmp_path, monkeypatch, point):
     """The samples and the model are written before it, and --resume goes on with them."""
-    monkeypatch.setattr(edm, "plot_marginals", lambda *args: 1 / 0)
     options = dict(env="Point-v0", dataset_path=point["dataset_path"], updates=5)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(edm, "plot_marginals", lambda *args: 1 / 0)
         run(synther_td3bc, tmp_path, **TINY | options)
     (folder,) = tmp_path.iterdir()
     assert (folder / "synthetic.npz").exists() and (folder / "diffusion.pt").exists()
     helpers.command(monkeypatch, synther_td3bc, resume=folder)
-    assert (folder / "final_returns.npz").exists()
+    assert (folder / "final_returns.npz").exists() and (folder / "marginals.png").exists()
 
 
 LAST_CHECK = "--data mixed needs 1000 rows, and few.npz"  # nothing is made before it

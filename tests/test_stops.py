@@ -1,5 +1,6 @@
 """Runs that get a signal at any moment go on with --resume. `--kills 4`: four of each script."""
 
+import itertools
 import os
 import random
 import re
@@ -44,9 +45,8 @@ def prepare(script, folder):
 
 def pytest_generate_tests(metafunc):
     if "kill" in metafunc.fixturenames:
-        kills = range(metafunc.config.getoption("kills"))
-        pairs = [(script, kill) for script in SCRIPTS for kill in kills]
-        metafunc.parametrize("script, kill", pairs, scope="module")
+        pairs = itertools.product(SCRIPTS, range(metafunc.config.getoption("kills")))
+        metafunc.parametrize("script, kill", list(pairs), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,7 @@ def whole(tmp_path_factory, script):
 
 
 def signalled(script, out_dir, options, number, seconds):
-    """The folder of a run in another process, which got a signal some seconds after it was made,
-    the exit status, and what was said last."""
+    """The folder of a run that got a signal in another process, its exit status, its last words."""
     with warnings.catch_warnings(action="ignore"):  # about threads of the progress bars
         pid = os.fork()
     if pid == 0:

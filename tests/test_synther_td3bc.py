@@ -63,8 +63,8 @@ def test_td3bc_equals_a_plain_implementation(float64, hidden_layers):
 def test_network_sizes_and_initial_range():
     """The paper's counts for walker2d (actor 71,942, critic 72,193), and PyTorch's range."""
     agent = TD3BC(17, 6, 1.0, Args(device="cpu"))
-    counts = [sum(p.numel() for p in net.parameters()) for net in (agent.actor, agent.critic)]
-    assert counts == [71_942, 2 * 72_193]
+    for net, count in ((agent.actor, 71_942), (agent.critic, 2 * 72_193)):
+        assert sum(p.numel() for p in net.parameters()) == count
     for weight, bias in zip(agent.critic.weights, agent.critic.biases):
         bound = 1 / math.sqrt(weight.shape[1])
         assert 0.9 * bound < weight.abs().max() <= bound and bias.abs().max() <= bound
@@ -162,7 +162,8 @@ def test_evaluate_counts_each_episode_to_its_end():
         return observations[:, :1] * 10 + observations[:, 1:]
 
     returns = evaluate(policy, [Countdown(scale=0.5) for _ in range(4)], seed=3)
-    assert returns.tolist() == [sum(10 * s + 0.5 * t for t in range(s + 1)) for s in (3, 4, 5, 6)]
+    expected = [10 * s * (s + 1) + 0.5 * sum(range(s + 1)) for s in (3, 4, 5, 6)]
+    assert returns.tolist() == expected
     assert asked == [4, 4, 4, 4, 3, 2, 1]  # episodes that are over are not computed
 
 

@@ -521,7 +521,7 @@ BAD_COMMANDS = {
 @pytest.mark.parametrize("message", BAD_COMMANDS)
 def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, vd4rl, first_run, message):
     monkeypatch.chdir(tmp_path)
-    options = dict(dataset_path=vd4rl, eval_episodes=0, device="cpu")
+    options = TINY | dict(dataset_path=vd4rl, eval_episodes=0)
     for key, x in BAD_COMMANDS[message].items():
         options[key] = str(x).format(run=first_run)
     with pytest.raises(SystemExit) as end:

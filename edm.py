@@ -53,20 +53,20 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a diffusion model what it is. The defaults are the paper's (Tables 8 and 9)."""
+    """What makes a diffusion model. Defaults: the paper's (Table 8), but the sampler is ours."""
 
     width: int = 1024  # units per block
     depth: int = 6  # blocks
     residual: bool = True
     time_dim: Optional[int] = 128  # size of the embeddings of row and noise level; None: width
     gated: bool = False  # gated units instead of ReLU
-    waves: int = 0  # sines and cosines beside each input
+    waves: int = 0  # sine-cosine pairs beside each input
     knots: int = 0  # points of the normaliser's table; 0: standardise
     batch_size: int = 256
     lr: float = 3e-4  # of Adam, at first
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
     clip: float = 1.0  # limit of the gradient's norm
-    ema_decay: Optional[float] = 0.995  # of the average of weights; None: 1 - 500 / steps
+    ema_decay: Optional[float] = 0.995  # of weights, per 10 steps; None: 1 - 500 / steps
     start_share: float = 0.0  # rows that begin episodes are repeated up to this share
     guidance: float = 1.0  # weight of autoguidance; 1: none
     sampler: str = "dpmpp"
@@ -96,22 +96,22 @@ class DiffusionArgs:
 
     # Diffusion model
     diffusion_steps: Optional[Count] = None  # training steps (paper: 100,000)
-    diffusion_recipe: Optional[Literal[tuple(RECIPES)]] = None  # fast, ours, below 100,000 steps
+    diffusion_recipe: Optional[Literal[tuple(RECIPES)]] = None  # ours, fast, if < 100,000 steps
     diffusion_width: Optional[Count] = None  # units per block (paper: 1024, some 2048; fast: 256)
     diffusion_depth: Optional[Count] = None  # blocks of the denoiser (paper: 6; fast: 3)
     diffusion_residual: bool = True  # residual blocks; without, a plain MLP (Table 10)
     diffusion_batch_size: Optional[Count] = None  # rows per step (256; paper, large data: 1024)
     diffusion_lr: Optional[Positive] = None  # falls to 0 along a cosine (paper: 3e-4; fast: 2e-3)
     diffusion_seed: NotNegativeInt = 0  # of the diffusion model and its samples
-    checkpoint_every: Count = 5_000  # its steps between checkpoints (not online)
+    checkpoint_every: Count = 5_000  # diffusion steps per checkpoint (not online)
 
     # Samples
     sample_steps: Optional[Count] = None  # noise levels (dpmpp: 32; sde: 128, as the paper)
-    # dpmpp: DPM-Solver++(2M), with fast its SDE version; sde: the paper's stochastic Heun
+    # dpmpp: DPM-Solver++(2M), stochastic in `fast`; sde: the paper's stochastic Heun
     sampler: Optional[Literal["dpmpp", "sde"]] = None
     num_samples: Optional[Count] = None  # rows to generate (paper: 5,000,000; online 1,000,000)
     sample_batch_size: Optional[Count] = None  # rows at a time (2,000; on a GPU 100,000)
-    terminals: Optional[Literal["column", "classifier"]] = None  # d > 0.5 (paper); a tree's (fast)
+    terminals: Optional[Literal["column", "classifier"]] = None  # d > 0.5, or by a tree (fast)
 
 
 RECIPE_OPTIONS = {}  # those that set a field of the recipe, as diffusion_width sets width
@@ -167,7 +167,7 @@ def check_args(args):
 
 
 def geglu(x):
-    """Gated GELU (Shazeer 2020): a product, as in equations of motion. Halves the width."""
+    """Gated GELU (Shazeer 2020): products, as in laws of motion. Halves the width."""
     x, gate = x.chunk(2, dim=1)
     return x * F.gelu(gate)
 
@@ -195,7 +195,7 @@ class Denoiser(nn.Module):
         """x [batch, dim], c_noise [batch] or [1] -> [batch, dim]."""
         angle = 2 * math.pi * c_noise[:, None] * self.frequencies
         features = torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1)
-        if len(self.waves):  # each with its mean factor under the noise in x
+        if len(self.waves):  # damped as the noise in x damps their mean
             variance = torch.sigmoid(8 * c_noise)[:, None, None]  # sigma^2 / (sigma^2 + 1)
             damping = (-0.5 * self.waves**2 * variance).exp()
             phase = self.waves * x[:, None]
@@ -205,7 +205,7 @@ class Denoiser(nn.Module):
         h = self.hidden_in(self.row_in(x) + self.time_mlp(features))
         for block in self.blocks:
             update = block(self.activation(h))
-            h = update.add_(h) if self.residual else update  # Equation 3; fresh memory is slow
+            h = update.add_(h) if self.residual else update  # Equation 3; in place is faster
         return self.out(self.activation(h))
 
 
@@ -224,7 +224,7 @@ class RowModel(nn.Module):
         self.register_buffer("knots", torch.zeros(dim, self.recipe.knots))
 
     def skip(self, num_rows):
-        """Draw the random numbers of `sample`, whose rows another process makes."""
+        """Draw `sample`'s random numbers: so rows are the same in one process."""
         self.sample(num_rows)
 
     def tenth_done(self):
@@ -308,7 +308,7 @@ class EDM(RowModel):
 
     def denoise(self, x, sigma):
         """`forward` with autoguidance (Karras et al. 2024): at low noise the estimate moves away
-        from the early copy's, by (guidance - 1) * sigma at most, but not out of the table."""
+        from the early copy's, by (guidance - 1) * sigma at most, but within the knots."""
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
             change = denoised - self(x, sigma, self.early)
@@ -375,16 +375,19 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
         target = denoised
         if previous is not None:  # linear extrapolation to the middle of the step
             target = denoised + (h / (2 * h_previous)) * (denoised - previous)
-        noise = eta * h if s_tmin <= sigma <= s_tmax else 0.0
-        x = (sigma_next / sigma) * math.exp(-noise) * x - math.expm1(-h - noise) * target
-        if noise > 0:
-            x = x + sigma_next * math.sqrt(-math.expm1(-2 * noise)) * torch.randn_like(x)
+        eta_h = eta * h if s_tmin <= sigma <= s_tmax else 0.0
+        x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * target
+        if eta_h > 0:
+            x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta_h)) * torch.randn_like(x)
         previous = denoised
         h_previous = h
     return x
 
 
 # --- Files and progress ---
+
+rank = 0  # of this process under torchrun
+num_processes = 1
 
 
 class Bar(tqdm):
@@ -466,9 +469,6 @@ def load_edm(path, device="cpu", make=EDM):
 
 # --- Training and generation ---
 
-rank = 0  # of this process under torchrun
-num_processes = 1
-
 
 def join_processes(device):
     """Under `torchrun` the first process goes on with the script, and trains alone. The others wait
@@ -481,9 +481,10 @@ def join_processes(device):
     dist.init_process_group(timeout=timedelta(days=30))  # between two `generate`
     rank = dist.get_rank()
     num_processes = dist.get_world_size()
-    while rank > 0:
+    if rank > 0:  # the first stops them
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while rank > 0:
         given = [None, None, None]
         try:
             dist.broadcast_object_list(given)
@@ -499,7 +500,7 @@ own_randomness = torch.random.fork_rng(devices=[0] if torch.cuda.is_available() 
 
 
 def cuda_graph(step, warmup=3):
-    """Record `step`, which uses fixed tensors only, and replay it by one launch on the GPU."""
+    """A function that runs `step`, from call 4 on as a CUDA graph. Its tensors must stay."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     calls = itertools.count()
@@ -696,8 +697,8 @@ def c2st(real, synthetic, max_rows=15_000):
 @own_randomness
 def quality_report(real, synthetic):
     """How close generated rows [M, dim] are to real ones [N, dim]: Table 1's numbers; c2st without
-    the last column, and that of real rows among themselves; the share of terminals; the median
-    distance to the nearest real row, for copies far below that of real rows from one another."""
+    the last column, and c2st_real, of real rows alone; shares of terminals; nearest, the median
+    distance to a real row, which is far below nearest_real for copies."""
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
@@ -720,7 +721,7 @@ def quality_report(real, synthetic):
 def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
     """Histograms of real and generated columns (Figure 8) as a PNG; of many, an even choice. Extra
     columns, between r and s', are named x."""
-    extra = real.shape[1] - 2 * obs_dim - act_dim - 2
+    extra = max(0, real.shape[1] - 2 * obs_dim - act_dim - 2)
     sizes = {"s": obs_dim, "a": act_dim, "r": 1, "x": extra, "s'": obs_dim, "d": 1}
     names = []
     for name, size in sizes.items():
@@ -752,7 +753,7 @@ def pack(observations, actions, rewards, next_observations, terminals):
 
 def split(rows, obs_dim, act_dim=None):
     """The parts s [N, obs_dim], a [N, act_dim], r [N], s' [N, obs_dim], d [N] of rows [N, dim]:
-    views, which change the rows. A fork's extra columns are between r and s', and need act_dim."""
+    write to them to change rows. Extra columns go between r and s', and need act_dim."""
     if act_dim is None:
         act_dim = rows.shape[1] - 2 * obs_dim - 2
     s = rows[:, :obs_dim]
@@ -819,7 +820,7 @@ def find_d4rl(name):
         finally:
             socket.setdefaulttimeout(None)
             temporary.unlink(missing_ok=True)
-    ways = f"put it at {path}, give your own (maze_data.py makes mazes'), or take `quickstart`"
+    ways = f"put it at {path}, give your own (for mazes: maze_data.py), or take `quickstart`"
     raise RunError(f"cannot download {name}: {ways}")
 
 
@@ -835,7 +836,7 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
         step = 0
         for i, terminal in enumerate(terminals):
             timeouts[i] = step == max_episode_steps - 1
-            step = 1 if terminal else step + 1
+            step = 1 if terminal else step + 1  # as D4RL
             step = 0 if timeouts[i] else step
     keep = np.flatnonzero(~timeouts[:-1])
     data = {key: raw[key][keep] for key in ("observations", "actions", "rewards")}
@@ -868,7 +869,7 @@ def read_hdf5(path, true_next_obs, max_episode_steps):
         text = f"{path} has no `timeouts`: its episodes end after {max_episode_steps} rows at most"
         print(text, file=sys.stderr)
     data = qlearning_dataset(raw, true_next_obs, max_episode_steps)
-    if "next_observations" in raw:  # the same where rows are in order; elsewhere the file is right
+    if "next_observations" in raw:  # no change where rows are in order; else the file's are right
         raw["observations"] = raw["next_observations"]
         own = qlearning_dataset(raw, true_next_obs, max_episode_steps)["observations"]
         goes_on = ~data["terminals"]
@@ -894,7 +895,7 @@ def read_minari(name):
 
 
 def check_arrays(data):
-    """Make all float32, rewards and flags [N]. RunError unless these are rows of finite numbers."""
+    """Convert in place: float32, rewards and flags [N]. RunError unless all are finite rows."""
     limit = np.float64(1e18)
     for key, x in data.items():
         if x.dtype.kind not in "fiub" or not ((x > -limit) & (x < limit)).all():
@@ -931,7 +932,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
             with np.load(path) as f:
                 data = {key: f[key] for key in KEYS}
             check_arrays(data)
-        elif "/" in source:
+        elif "/" in source and not path.exists():
             data = read_minari(source)
             check_arrays(data)
         else:

@@ -38,7 +38,7 @@ import edm
 @dataclass
 class Args(edm.DiffusionArgs):
     # Experiment
-    env: str = "quickstart"  # D4RL name, Minari id; with --dataset-path, where to evaluate
+    env: str = "quickstart"  # D4RL name or Minari id; with --dataset-path, Gymnasium id
     seed: edm.NotNegativeInt = 0  # of agent and evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     out_dir: str = "runs"  # where run folders are made
@@ -49,12 +49,12 @@ class Args(edm.DiffusionArgs):
     wandb_entity: Optional[str] = None  # for --track
 
     # Data
-    data: Literal["synther", "real", "mixed"] = "synther"  # what the agent learns from
+    data: Literal["synther", "real", "mixed"] = "synther"  # for the agent; mixed: 1:1
     dataset_path: Optional[str] = None  # real transitions: .npz, or HDF5 as D4RL's
     synthetic_path: Optional[str] = None  # synthetic.npz of an earlier run
-    subsample: Optional[edm.Positive] = None  # keep this fraction (up to 1) or number of rows
-    true_next_obs: bool = False  # s' of terminal rows as in the file, unlike D4RL
-    augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"  # Figure 4
+    subsample: Optional[edm.Positive] = None  # rows to keep: a fraction, or a number above 1
+    true_next_obs: bool = False  # HDF5: terminal rows keep the file's s'
+    augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"  # of states
 
     # Agent
     updates: Optional[edm.Count] = None  # of the agent (paper: 1,000,000; quickstart: 40,000)
@@ -65,7 +65,7 @@ class Args(edm.DiffusionArgs):
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: Optional[edm.Fraction] = None  # rate of the targets' moving average (paper: 0.005)
     expectile: Optional[edm.Fraction] = None  # of Q, for the value (paper: 0.7)
-    beta: Optional[edm.NotNegative] = None  # inverse temperature of the weights (paper: 3)
+    beta: Optional[edm.NotNegative] = None  # weight exp(beta * advantage) (paper: 3)
     deterministic: Optional[bool] = None  # actor (paper: some of hopper)
     normalize_reward: Optional[bool] = None  # by returns (paper: some of hopper)
 
@@ -74,7 +74,7 @@ class Args(edm.DiffusionArgs):
     eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
-# An argument that is None takes its value from the first entry that matches --env and has one.
+# For arguments that are None: the first entry that matches --env and has it, or edm.resolve's
 DEFAULTS = {
     "quickstart": dict(diffusion_steps=20_000, num_samples=200_000, updates=40_000),
     "maze2d|antmaze": dict(eval_episodes=100),
@@ -142,7 +142,7 @@ class EnsembleCritic(nn.Module):
             if members is not None:
                 weight = weight[members]
                 bias = bias[members]
-            h = F.relu(h, inplace=True) if i > 0 else x.expand(len(bias), *x.shape)
+            h = F.relu(h, inplace=True) if i > 0 else h.expand(len(bias), *h.shape)
             h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
@@ -224,11 +224,9 @@ def augment_batch(batch, kind, obs_dim):
 # Differs from synther_td3bc.make_update: one step, and a learning rate
 def make_update(args, agent, rows, loss_sums):
     """A function update(number) that trains on a batch of rows, and adds up the losses."""
-    batch = torch.empty(args.batch_size, rows.shape[1], device=args.device)
 
     def train_step():
-        chosen = torch.randint(len(rows), (args.batch_size,), device=args.device)
-        batch.copy_(rows[chosen])
+        batch = rows[torch.randint(len(rows), (args.batch_size,), device=args.device)]
         augment_batch(batch, args.augment, agent.obs_dim)
         loss_sums.add_(agent.update(batch))
 
@@ -255,7 +253,7 @@ def reward_scale(real):
             length = 0
     returns.pop()
     if len(set(returns)) < 2:
-        raise edm.RunError("--normalize-reward needs episodes with other returns")
+        raise edm.RunError("--normalize-reward needs episodes of unequal returns")
     return 1000 / (max(returns) - min(returns))
 
 
@@ -315,7 +313,7 @@ def make_env(name):
 # Copied from synther_td3bc.evaluate
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of an episode in each environment, reset with seed + its index. `policy`
+    """The return of an episode in each environment, [len(envs)], reset with seed + index. `policy`
     maps observations [n, obs_dim] to actions [n, act_dim]."""
     resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     obs = np.stack(resets, dtype=np.float32)
@@ -356,7 +354,7 @@ def parse_args():
 
 # Copied from synther_td3bc.Run
 class Run:
-    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
+    """A run's folder: arguments, log, checkpoint. data: bytes that no resume may change."""
 
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
@@ -393,7 +391,7 @@ class Run:
             self.metrics.write("step,key,value\n")
 
     def log(self, step, values):
-        """step: diffusion steps for diffusion/... and sampling, updates for all else."""
+        """values: {key: number}. step: of training the diffusion model, or the agent."""
         for key, value in values.items():
             self.metrics.write(f"{step},{key},{float(value)}\n")
         if self.wandb:
@@ -411,7 +409,7 @@ class Run:
 
 # Copied from synther_td3bc.load_real
 def load_real(args, envs):
-    """The real rows [num_rows, dim], the mask of those that begin an episode, and their sizes."""
+    """real: rows [N, dim], starts (`episode_starts`), obs_dim, act_dim, and max_action."""
     sizes = None
     time_limit = 1_000
     if envs:
@@ -442,12 +440,14 @@ def load_real(args, envs):
 
 # Copied from synther_td3bc.load_synthetic
 def load_synthetic(args, real):
-    """Rows that were generated by another run, or by this one before a stop, or None."""
+    """Up to num_samples rows of --synthetic-path, of this run before a stop, or None."""
     path = Path(args.synthetic_path or f"{args.resume}/synthetic.npz")
     if not args.synthetic_path and not (args.resume and path.exists()):
         return None
     data = edm.load_transitions(path, sizes=(real.obs_dim, real.act_dim))
     rows = edm.pack(**data)[: args.num_samples]
+    if rows.shape[1] != real.rows.shape[1]:
+        raise edm.RunError(f"{path} lacks columns of the data")
     if args.data == "mixed" and len(rows) < len(real.rows):
         raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, and {path} has {len(rows)}")
     return rows
@@ -463,7 +463,7 @@ def generate_synthetic(args, run, real):
     rows = edm.generate_transitions(model, real.rows, args.num_samples, args.diffusion_seed)
     rate = len(rows) / (time.time() - clock)
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
-    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, real.obs_dim))
+    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, real.obs_dim, real.act_dim))
     return rows
 
 
@@ -480,12 +480,12 @@ def agent_rows(args, run, real, synthetic):
             report = edm.quality_report(real.rows, synthetic)
             print("sample quality:", report)
             if report["marginal"] < 0.8:
-                print("the samples are not like the data")
+                print("marginal < 0.8: poor samples")
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (real.obs_dim, real.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real.rows, synthetic, *sizes)
     if re.match("antmaze-.*-v2", args.env):
-        r = edm.split(rows, real.obs_dim)[2]
+        r = edm.split(rows, real.obs_dim, real.act_dim)[2]
         r -= 1  # -1 per step and 0 at the goal, as in CORL
     print(f"the agent learns from {len(rows):,} transitions ({args.data})")
     return rows.to(args.device)
@@ -497,7 +497,7 @@ def normalize_states(actor, rows, real):
     s = edm.split(real.rows, real.obs_dim)[0]
     std = s.std(0, unbiased=False)
     actor.obs_mean.copy_(s.mean(0))
-    actor.obs_std.copy_(torch.where(std < 1e-6, 1.0, std + 1e-3))  # constants may vary elsewhere
+    actor.obs_std.copy_(torch.where(std < 1e-6, 1.0, std + 1e-3))  # no tiny std of a constant
     s, _, _, next_s, _ = edm.split(rows, real.obs_dim)
     s.sub_(actor.obs_mean).div_(actor.obs_std)
     next_s.sub_(actor.obs_mean).div_(actor.obs_std)
@@ -505,8 +505,8 @@ def normalize_states(actor, rows, real):
 
 # Copied from synther_td3bc.train
 def train(args, run, agent, rows, envs):
-    """Train the agent on rows. At 0 and after every --eval-every updates: log, evaluate, save.
-    Gives the evaluations, a list of (updates, returns)."""
+    """Train the agent on rows. At 0, each --eval-every and the end: log, evaluate, save. Gives the
+    evaluations, a list of (updates, returns)."""
     evaluations = []
     first = 0
     loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
@@ -528,7 +528,7 @@ def train(args, run, agent, rows, envs):
         is_boundary = number % args.eval_every == 0 or number == args.updates
         if is_boundary and number > 0:
             count = number % args.eval_every or args.eval_every
-            rate = count / (time.time() - clock)
+            rate = min(count, number + 1 - first) / (time.time() - clock)
             means = (loss_sums / count).tolist()
             if not math.isfinite(sum(means)):
                 raise edm.RunError(f"a loss became NaN or Inf before update {number}")
@@ -554,7 +554,7 @@ def train(args, run, agent, rows, envs):
 
 # Copied from synther_td3bc.write_results
 def write_results(args, run, evaluations):
-    """Write final_returns.npz and learning_curve.png."""
+    """Write and plot the evaluations, print the last one."""
     updates = np.array([number for number, _ in evaluations])
     returns = np.array([returns for _, returns in evaluations])  # [evaluations, episodes]
     scores = normalized_score(args.env, returns)
@@ -574,7 +574,7 @@ def write_results(args, run, evaluations):
 
 # Copied from synther_td3bc.fill_args
 def fill_args(args):
-    """Fill the arguments that are None from DEFAULTS. RunError for what cannot be."""
+    """From DEFAULTS, fill arguments that are None. RunError if they do not agree."""
     for pattern, values in DEFAULTS.items():
         if re.match(pattern, args.env):
             edm.fill(args, values)
@@ -593,7 +593,7 @@ def main(args):
     envs = [make_env(args.env) for _ in range(args.eval_episodes)]
     real = load_real(args, envs)
     scale = 1.0
-    if args.normalize_reward and not args.env.startswith("maze2d"):
+    if args.normalize_reward and "maze" not in args.env:
         scale = reward_scale(load_real(replace(args, subsample=None), envs))
     if args.data == "mixed":
         args.num_samples = len(real.rows)  # half of each

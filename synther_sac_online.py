@@ -51,7 +51,7 @@ class Args(edm.DiffusionArgs):
     env: str = "Pendulum-v1"  # Gymnasium id, or dmc/domain-task
     seed: edm.NotNegativeInt = 0  # of agent, environment, evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    out_dir: str = "runs"  # where the run folder is made
+    out_dir: str = "runs"  # where run folders are made
     exp_name: Optional[str] = None  # part of its name (None: synther_sac_online-ALGO)
     resume: Optional[str] = None  # run folder to go on with
     track: bool = False  # log to Weights & Biases too
@@ -143,7 +143,7 @@ class EnsembleCritic(nn.Module):
             if members is not None:
                 weight = weight[members]
                 bias = bias[members]
-            h = F.relu(h, inplace=True) if i > 0 else x.expand(len(bias), *x.shape)
+            h = F.relu(h, inplace=True) if i > 0 else h.expand(len(bias), *h.shape)
             h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
@@ -311,7 +311,7 @@ def make_env(name):
                 env = gym.wrappers.TimeLimit(env, 1_000)
         env.reset(seed=0)
         env.step(env.action_space.sample())
-    except Exception as error:  # an environment can fail in any way
+    except Exception as error:  # of any kind
         message = " ".join(str(error).split())
         raise edm.RunError(f"cannot make the environment {name}: {message}") from None
     states = env.observation_space
@@ -328,7 +328,7 @@ def make_env(name):
 # Copied from synther_td3bc.evaluate
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of an episode in each environment, reset with seed + its index. `policy`
+    """The return of an episode in each environment, [len(envs)], reset with seed + index. `policy`
     maps observations [n, obs_dim] to actions [n, act_dim]."""
     resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     obs = np.stack(resets, dtype=np.float32)
@@ -400,7 +400,7 @@ def parse_args():
 
 # Copied from synther_td3bc.Run
 class Run:
-    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
+    """A run's folder: arguments, log, checkpoint. data: bytes that no resume may change."""
 
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
@@ -437,7 +437,7 @@ class Run:
             self.metrics.write("step,key,value\n")
 
     def log(self, step, values):
-        """step: diffusion steps for diffusion/... and sampling, updates for all else."""
+        """values: {key: number}. step: of training the diffusion model, or the agent."""
         for key, value in values.items():
             self.metrics.write(f"{step},{key},{float(value)}\n")
         if self.wandb:
@@ -505,7 +505,7 @@ def retrain(args, run, agent, replay, save):
     clock = time.time()
     if is_dmc:
         rows = F.pad(edm.generate(model, args.num_samples, seed), (0, 1))
-    else:  # rounds d; the official code does not
+    else:  # rounds d, unlike the official code
         rows = edm.generate_transitions(model, real, args.num_samples, seed)
     values["perf/diffusion_seconds"] = clock - start
     values["perf/samples_per_sec"] = len(rows) / (time.time() - clock)
@@ -513,7 +513,7 @@ def retrain(args, run, agent, replay, save):
     report = edm.quality_report(real, rows)
     print("sample quality:", report)
     if report["marginal"] < 0.8:
-        print("the samples are not like the data")
+        print("marginal < 0.8: poor samples")
     run.log(replay.step, values | {f"diffusion/{key}": x for key, x in report.items()})
     replay.synthetic = rows.to(args.device)
     replay.model_step = replay.step
@@ -574,7 +574,7 @@ def train(args, run, agent, replay, env, envs):
             run.log(step, values)
             loss_sums.zero_()
         if is_boundary and envs:
-            actor = copy.deepcopy(agent.actor).cpu().eval()  # faster for few rows
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
             returns = evaluate(actor.act, envs, args.seed + 10_000)
             evaluations.append((step, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
@@ -641,7 +641,7 @@ def main(args):
     agent = SAC(obs_dim, act_dim, args)
     size = (min(args.total_steps, CAPACITY), 2 * obs_dim + act_dim + 2)
     rows = torch.zeros(size, device=args.device)
-    # The environment steps so far, and as many as there were at the last diffusion model
+    # step: environment steps so far; model_step: as many at the last diffusion model
     replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0)
     evaluations = train(args, run, agent, replay, env, envs)
     if args.save_dataset and not Path(args.save_dataset).exists():

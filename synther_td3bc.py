@@ -43,7 +43,7 @@ import edm
 @dataclass
 class Args(edm.DiffusionArgs):
     # Experiment
-    env: str = "quickstart"  # D4RL name, Minari id; with --dataset-path, where to evaluate
+    env: str = "quickstart"  # D4RL name or Minari id; with --dataset-path, Gymnasium id
     seed: edm.NotNegativeInt = 0  # of agent and evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     out_dir: str = "runs"  # where run folders are made
@@ -54,12 +54,12 @@ class Args(edm.DiffusionArgs):
     wandb_entity: Optional[str] = None  # for --track
 
     # Data
-    data: Literal["synther", "real", "mixed"] = "synther"  # what the agent learns from
+    data: Literal["synther", "real", "mixed"] = "synther"  # for the agent; mixed: 1:1
     dataset_path: Optional[str] = None  # real transitions: .npz, or HDF5 as D4RL's
     synthetic_path: Optional[str] = None  # synthetic.npz of an earlier run
-    subsample: Optional[edm.Positive] = None  # keep this fraction (up to 1) or number of rows
-    true_next_obs: bool = False  # s' of terminal rows as in the file, unlike D4RL
-    augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"  # Figure 4
+    subsample: Optional[edm.Positive] = None  # rows to keep: a fraction, or a number above 1
+    true_next_obs: bool = False  # HDF5: terminal rows keep the file's s'
+    augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"  # of states
 
     # Agent
     updates: Optional[edm.Count] = None  # of the agent (paper: 1,000,000; quickstart: 50,000)
@@ -69,8 +69,8 @@ class Args(edm.DiffusionArgs):
     learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
-    policy_noise: edm.NotNegative = 0.2  # of target actions, in units of the largest (paper)
-    noise_clip: edm.NotNegative = 0.5  # limit of that noise (paper)
+    policy_noise: edm.NotNegative = 0.2  # std of noise on target actions, over max_action (paper)
+    noise_clip: edm.NotNegative = 0.5  # its limit, likewise (paper)
     policy_freq: edm.Count = 2  # critic updates per actor update (paper)
     alpha: edm.NotNegative = 2.5  # weight of Q against behaviour cloning (paper)
 
@@ -79,7 +79,7 @@ class Args(edm.DiffusionArgs):
     eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
-# An argument that is None takes its value from the first entry that matches --env and has one.
+# For arguments that are None: the first entry that matches --env and has it, or edm.resolve's
 DEFAULTS = {
     "quickstart": dict(diffusion_steps=20_000, num_samples=200_000, updates=50_000),
     "maze2d|antmaze": dict(eval_episodes=100),
@@ -131,7 +131,7 @@ class EnsembleCritic(nn.Module):
             if members is not None:
                 weight = weight[members]
                 bias = bias[members]
-            h = F.relu(h, inplace=True) if i > 0 else x.expand(len(bias), *x.shape)
+            h = F.relu(h, inplace=True) if i > 0 else h.expand(len(bias), *h.shape)
             h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
@@ -146,8 +146,9 @@ class TD3BC(nn.Module):
         self.obs_dim = obs_dim
         self.max_action = max_action
         self.args = args
-        self.actor = Actor(obs_dim, act_dim, args.hidden_dim, args.hidden_layers, max_action)
-        self.critic = EnsembleCritic(obs_dim + act_dim, args.hidden_dim, args.hidden_layers)
+        sizes = (args.hidden_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, act_dim, *sizes, max_action)
+        self.critic = EnsembleCritic(obs_dim + act_dim, *sizes)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(args.device)
@@ -220,7 +221,7 @@ def make_update(args, agent, rows, loss_sums):
         augment_batch(batch, args.augment, agent.obs_dim)
         loss_sums[0] += agent.update_critic(batch)
 
-    def actor_step():  # on the same batch; logged means are over all updates
+    def actor_step():  # on the same batch; weighted, as means are over all updates
         loss_sums[1] += args.policy_freq * agent.update_actor(batch)
 
     if args.device == "cuda":
@@ -288,7 +289,7 @@ def make_env(name):
 
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """Returns [len(envs)] of an episode in each environment, reset with seed + its index. `policy`
+    """The return of an episode in each environment, [len(envs)], reset with seed + index. `policy`
     maps observations [n, obs_dim] to actions [n, act_dim]."""
     resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     obs = np.stack(resets, dtype=np.float32)
@@ -327,7 +328,7 @@ def parse_args():
 
 
 class Run:
-    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
+    """A run's folder: arguments, log, checkpoint. data: bytes that no resume may change."""
 
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
@@ -364,7 +365,7 @@ class Run:
             self.metrics.write("step,key,value\n")
 
     def log(self, step, values):
-        """step: diffusion steps for diffusion/... and sampling, updates for all else."""
+        """values: {key: number}. step: of training the diffusion model, or the agent."""
         for key, value in values.items():
             self.metrics.write(f"{step},{key},{float(value)}\n")
         if self.wandb:
@@ -381,7 +382,7 @@ class Run:
 
 
 def load_real(args, envs):
-    """The real rows [num_rows, dim], the mask of those that begin an episode, and their sizes."""
+    """real: rows [N, dim], starts (`episode_starts`), obs_dim, act_dim, and max_action."""
     sizes = None
     time_limit = 1_000
     if envs:
@@ -411,12 +412,14 @@ def load_real(args, envs):
 
 
 def load_synthetic(args, real):
-    """Rows that were generated by another run, or by this one before a stop, or None."""
+    """Up to num_samples rows of --synthetic-path, of this run before a stop, or None."""
     path = Path(args.synthetic_path or f"{args.resume}/synthetic.npz")
     if not args.synthetic_path and not (args.resume and path.exists()):
         return None
     data = edm.load_transitions(path, sizes=(real.obs_dim, real.act_dim))
     rows = edm.pack(**data)[: args.num_samples]
+    if rows.shape[1] != real.rows.shape[1]:
+        raise edm.RunError(f"{path} lacks columns of the data")
     if args.data == "mixed" and len(rows) < len(real.rows):
         raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, and {path} has {len(rows)}")
     return rows
@@ -431,7 +434,7 @@ def generate_synthetic(args, run, real):
     rows = edm.generate_transitions(model, real.rows, args.num_samples, args.diffusion_seed)
     rate = len(rows) / (time.time() - clock)
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
-    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, real.obs_dim))
+    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, real.obs_dim, real.act_dim))
     return rows
 
 
@@ -447,12 +450,12 @@ def agent_rows(args, run, real, synthetic):
             report = edm.quality_report(real.rows, synthetic)
             print("sample quality:", report)
             if report["marginal"] < 0.8:
-                print("the samples are not like the data")
+                print("marginal < 0.8: poor samples")
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (real.obs_dim, real.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real.rows, synthetic, *sizes)
     if re.match("antmaze-.*-v2", args.env):
-        r = edm.split(rows, real.obs_dim)[2]
+        r = edm.split(rows, real.obs_dim, real.act_dim)[2]
         r -= 1  # -1 per step and 0 at the goal, as in CORL
     print(f"the agent learns from {len(rows):,} transitions ({args.data})")
     return rows.to(args.device)
@@ -463,15 +466,15 @@ def normalize_states(actor, rows, real):
     s = edm.split(real.rows, real.obs_dim)[0]
     std = s.std(0, unbiased=False)
     actor.obs_mean.copy_(s.mean(0))
-    actor.obs_std.copy_(torch.where(std < 1e-6, 1.0, std + 1e-3))  # constants may vary elsewhere
+    actor.obs_std.copy_(torch.where(std < 1e-6, 1.0, std + 1e-3))  # no tiny std of a constant
     s, _, _, next_s, _ = edm.split(rows, real.obs_dim)
     s.sub_(actor.obs_mean).div_(actor.obs_std)
     next_s.sub_(actor.obs_mean).div_(actor.obs_std)
 
 
 def train(args, run, agent, rows, envs):
-    """Train the agent on rows. At 0 and after every --eval-every updates: log, evaluate, save.
-    Gives the evaluations, a list of (updates, returns)."""
+    """Train the agent on rows. At 0, each --eval-every and the end: log, evaluate, save. Gives the
+    evaluations, a list of (updates, returns)."""
     evaluations = []
     first = 0
     loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
@@ -493,7 +496,7 @@ def train(args, run, agent, rows, envs):
         is_boundary = number % args.eval_every == 0 or number == args.updates
         if is_boundary and number > 0:
             count = number % args.eval_every or args.eval_every
-            rate = count / (time.time() - clock)
+            rate = min(count, number + 1 - first) / (time.time() - clock)
             means = (loss_sums / count).tolist()
             if not math.isfinite(sum(means)):
                 raise edm.RunError(f"a loss became NaN or Inf before update {number}")
@@ -518,7 +521,7 @@ def train(args, run, agent, rows, envs):
 
 
 def write_results(args, run, evaluations):
-    """Write final_returns.npz and learning_curve.png."""
+    """Write and plot the evaluations, print the last one."""
     updates = np.array([number for number, _ in evaluations])
     returns = np.array([returns for _, returns in evaluations])  # [evaluations, episodes]
     scores = normalized_score(args.env, returns)
@@ -537,7 +540,7 @@ def write_results(args, run, evaluations):
 
 
 def fill_args(args):
-    """Fill the arguments that are None from DEFAULTS. RunError for what cannot be."""
+    """From DEFAULTS, fill arguments that are None. RunError if they do not agree."""
     for pattern, values in DEFAULTS.items():
         if re.match(pattern, args.env):
             edm.fill(args, values)

@@ -125,7 +125,7 @@ class EnsembleCritic(nn.Module):
             if members is not None:
                 weight = weight[members]
                 bias = bias[members]
-            h = F.relu(h, inplace=True) if i > 0 else x.expand(len(bias), *x.shape)
+            h = F.relu(h, inplace=True) if i > 0 else h.expand(len(bias), *h.shape)
             h = torch.baddbmm(bias, h, weight)
         return h.squeeze(-1)
 
@@ -548,7 +548,7 @@ def parse_args():
 
 # Copied from synther_td3bc.Run
 class Run:
-    """The folder of a run: arguments, log, and checkpoint, which must be of these data."""
+    """A run's folder: arguments, log, checkpoint. data: bytes that no resume may change."""
 
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
@@ -585,7 +585,7 @@ class Run:
             self.metrics.write("step,key,value\n")
 
     def log(self, step, values):
-        """step: diffusion steps for diffusion/... and sampling, updates for all else."""
+        """values: {key: number}. step: of training the diffusion model, or the agent."""
         for key, value in values.items():
             self.metrics.write(f"{step},{key},{float(value)}\n")
         if self.wandb:
@@ -671,7 +671,7 @@ def agent_rows(args, run, agent, real):
             del report["terminals"], report["terminals_real"]  # the last column is a feature
             print("sample quality:", report)
             if report["marginal"] < 0.8:
-                print("the samples are not like the data")
+                print("marginal < 0.8: poor samples")
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (agent.latent_dim, agent.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real, rows, *sizes)
@@ -681,8 +681,8 @@ def agent_rows(args, run, agent, real):
 
 # Differs from synther_td3bc.train: two stages, batches from a function, and images
 def train(args, run, agent, draw, env, frozen=None):
-    """Train the agent of a stage. At 0 and after every --eval-every updates: log, evaluate, save.
-    Gives the evaluations, a list of (updates, returns).
+    """Train the agent of a stage. At 0, each --eval-every and the end: log, evaluate, save. Gives
+    the evaluations, a list of (updates, returns).
 
     draw: function () -> the arguments of agent.update without the noise.
     frozen: in stage 2, the agent of stage 1."""
@@ -710,11 +710,10 @@ def train(args, run, agent, draw, env, frozen=None):
         is_boundary = number % args.eval_every == 0 or number == updates
         if is_boundary and number > 0:
             count = number % args.eval_every or args.eval_every
-            rate = count / (time.time() - clock)
-            means = (loss_sums / count).tolist()  # the only wait in training
+            rate = min(count, number + 1 - first) / (time.time() - clock)
+            means = (loss_sums / count).tolist()
             if not math.isfinite(sum(means)):
-                last = f"updates {number - count} to {number}"
-                raise edm.RunError(f"a loss became NaN or Inf in {last}")
+                raise edm.RunError(f"a loss became NaN or Inf before update {number}")
             values = {f"train/{name}": mean for name, mean in zip(agent.LOSSES, means)}
             run.log(number, values | {"perf/updates_per_sec": rate})
             loss_sums.zero_()
@@ -755,7 +754,7 @@ def write_results(run, evaluations):
 def main(args):
     """Images -> agent -> its latents -> diffusion model -> generated latents -> heads -> scores."""
     fill_args(args)
-    edm.join_processes(args.device)  # under torchrun, all processes but the first stay there
+    edm.join_processes(args.device)  # under torchrun, only the first returns
     if args.device == "cpu":
         keep_freed_memory()
     files = find_files(args)
@@ -772,6 +771,8 @@ def main(args):
     print(f"{len(data['frames']):,} images, {len(data['row']):,} transitions")
     data = {key: x.to(args.device) for key, x in data.items()}
     agent, evaluations, offset = train_from_images(args, run, data, env)
+    if evaluations:
+        print(f"stage 1: normalised score {np.mean(evaluations[-1][1]) / 10:.1f}")
     latents_path = run.folder / "latents.pt"
     if not latents_path.exists():  # a resumed run reads them, to have the same bits
         edm.save_torch(latents_path, extract_latents(agent, data, args))

@@ -265,13 +265,12 @@ def test_saved_hdf5(tmp_path, terminal):
     actions = torch.stack([rows[:, 2], 2 + 2 * rows[:, 3]], dim=1)
     is_timeout = torch.tensor([i in (2, 4, 6) and i != terminal for i in range(7)])
     expected = dict(observations=rows[:, :2], actions=actions, rewards=rows[:, 4])
-    expected |= dict(next_observations=rows[:, 5:7], terminals=rows[:, -1] == 1)
-    expected["timeouts"] = is_timeout
+    expected |= dict(next_observations=rows[:, 5:7], terminals=rows[:, 7] == 1, timeouts=is_timeout)
     with h5py.File(path) as f:
         assert_same_state({key: torch.from_numpy(f[key][:]) for key in f}, expected)
     kept = ~is_timeout & (torch.arange(7) < 6)
-    data = edm.load_transitions(path, true_next_obs=True)
-    np.testing.assert_array_equal(data["next_observations"], rows[kept, 5:7])
+    loaded = edm.load_transitions(path, true_next_obs=True)["next_observations"]
+    np.testing.assert_array_equal(loaded, rows[kept, 5:7])
 
 
 def test_full_buffer_forgets_the_oldest(tmp_path, monkeypatch):

@@ -51,8 +51,6 @@ DIM = sum(SIZES)
 PAIR = OBS_DIM + ACT_DIM
 BATCH = 256
 
-# --- Clock and limit ------------------------------------------------------------------------------
-
 
 def clock():
     if torch.cuda.is_available():
@@ -166,33 +164,25 @@ def cloning_loss(q, policy_a, a):
     return -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_a, a)
 
 
-class PlainEDM(nn.Module):
+class PlainDenoiser(edm.Denoiser):
+    def forward(self, x, c_noise):
+        angle = 2 * math.pi * c_noise[:, None] * self.frequencies
+        features = torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1)
+        h = self.hidden_in(self.row_in(x) + self.time_mlp(features))
+        for block in self.blocks:
+            h = h + block(F.relu(h))
+        return self.out(F.relu(h))
+
+
+class PlainEDM(edm.EDM):
     """The diffusion model with one noise level per row throughout, in sampling too."""
 
     def __init__(self):
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(8))
-        self.project = nn.Linear(DIM, 128)
-        self.first = nn.Linear(128, 1024)
-        self.last = nn.Linear(1024, DIM)
-        self.time_mlp = nn.Sequential(nn.Linear(17, 128), nn.SiLU(), nn.Linear(128, 128))
-        self.blocks = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(6)])
+        super().__init__(DIM)
+        self.denoiser = PlainDenoiser(DIM)
 
     def denoise(self, x, sigma):
-        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))[:, None]
-        time = torch.log(sigma.clamp(min=1e-20)) * 0.25
-        angles = time * self.frequencies[None, :] * 2 * math.pi
-        embedding = self.time_mlp(torch.cat([time, angles.sin(), angles.cos()], dim=-1))
-        h = self.first(self.project((sigma**2 + 1) ** -0.5 * x) + embedding)
-        for block in self.blocks:
-            h = h + block(F.relu(h))
-        return x / (sigma**2 + 1) + sigma * (sigma**2 + 1) ** -0.5 * self.last(F.relu(h))
-
-    def loss(self, x):
-        sigma = (-1.2 + 1.2 * torch.randn((x.shape[0],), device=x.device)).exp()
-        denoised = self.denoise(x + sigma[:, None] * torch.randn_like(x), sigma)
-        losses = F.mse_loss(denoised, x, reduction="none").mean(dim=1)
-        return (losses * (sigma**2 + 1) * sigma**-2).mean()
+        return self(x, torch.full((len(x),), sigma, device=x.device))
 
 
 def plain_training(data, device):
@@ -564,9 +554,6 @@ def pixels(part, device, count, repeats):
     return take_turns(ours, limit, plain, count, repeats)
 
 
-# --- Memory ---------------------------------------------------------------------------------------
-
-
 def peak_memory(label, script, folder, **options):
     """Run a script in a process of its own, and print its peak memory."""
     options |= dict(device="cpu", out_dir=folder, eval_episodes=0, sample_steps=2)
@@ -602,8 +589,6 @@ def memory_of_images(num_images, folder):
     options = dict(dataset_path=folder, stage1_updates=20, stage2_updates=20, num_samples=100_000)
     peak_memory(label, "synther_vd4rl.py", folder, **options)
 
-
-# --- Table ----------------------------------------------------------------------------------------
 
 ROWS = (  # part of --only, name, unit, function, calls per turn on a CPU and on a GPU
     ("training", "diffusion step, 6 x 1024, batch 256", "ms/step", training, 40, 500),

@@ -17,7 +17,7 @@ from typing import Annotated, Optional
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import launch, print_header, print_row, read_log
+from runs import launch, print_row, read_log
 
 import edm
 
@@ -53,18 +53,6 @@ def find_runs(args):
     return found
 
 
-def load_scores(label, runs):
-    """Of the runs of a line: unit and numbers [evaluations] of steps, unit of the scores, and
-    these, [seeds, evaluations], means over the episodes."""
-    finals = [np.load(run / "final_returns.npz") for run in runs]
-    unit = "updates" if "updates" in finals[0] else "steps"
-    key = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
-    if len({len(final[key]) for final in finals}) > 1:
-        raise edm.RunError(f"evaluations of {label} differ: add to --by what the runs differ in")
-    scores = np.stack([final[key].mean(1) for final in finals])
-    return unit, finals[0][unit], "return" if key == "returns" else "normalised score", scores
-
-
 def draw(ax, x, scores, **style):
     """Mean and standard deviation over the seeds of scores [seeds, evaluations]."""
     mean = scores.mean(0)
@@ -83,15 +71,21 @@ def main(args):
     panels = dict(zip(envs, axes if args.wall_clock else axes.T))
     points = defaultdict(list)  # (environment, label) -> place over --against, mean, deviation
     last_three = "mean of the last three evaluations"
-    print_header("environment", "runs", "seeds", "after", "last score", last_three, "best")
+    print_row("environment", "runs", "seeds", "after", "last score", last_three, "best", head=True)
     for (env, label, value), runs in found.items():
-        unit, steps, score, scores = load_scores(label, runs.values())
+        finals = [np.load(run / "final_returns.npz") for run in runs.values()]
+        unit = "updates" if "updates" in finals[0] else "steps"
+        steps = finals[0][unit]
+        key = "returns" if np.isnan(finals[0]["normalized_scores"]).any() else "normalized_scores"
+        if len({len(final[key]) for final in finals}) > 1:
+            raise edm.RunError(f"runs of {label} differ: add to --by what they differ in")
+        scores = np.stack([final[key].mean(1) for final in finals])  # [seeds, evaluations]
         name = f"{label}, {args.against}={value}" if args.against else label
         columns = (scores[:, -1], scores[:, -3:].mean(1), scores.max(1))
         columns = [f"{x.mean():.1f} +- {x.std():.1f}" for x in columns]
         print_row(env, name, str(len(scores)), f"{steps[-1]:,} {unit}", *columns)
         style = dict(label=label, color=f"C{labels.index(label)}")
-        panels[env][0].set(title=env, xlabel=args.against or unit, ylabel=score)
+        panels[env][0].set(title=env, xlabel=args.against or unit, ylabel=key.replace("_", " "))
         points[env, label].append((values.index(value), scores[:, -1].mean(), scores[:, -1].std()))
         if not args.against:
             draw(panels[env][0], steps, scores, **style)

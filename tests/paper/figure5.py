@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from dynamics import replay
-from runs import launch, print_header, print_row
+from runs import launch, print_row
 
 import edm
 import synther_td3bc
@@ -58,7 +58,7 @@ def main(args):
         kinds[kind] = augmented(some, kind, real.obs_dim)
     options = dict(figsize=(14, 3.5), sharex=True, sharey=True, layout="constrained")
     fig, axes = plt.subplots(1, len(kinds), **options)
-    print_header("", "distance", "error of s' and r")
+    print_row("", "distance", "error of s' and r", head=True)
     for ax, (kind, new) in zip(axes, kinds.items()):
         data = edm.unpack(new, real.obs_dim, real.act_dim)
         known, *truth, falls = replay(args.env, data["observations"], data["actions"])

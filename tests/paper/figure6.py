@@ -36,7 +36,6 @@ class Args(runs.StudyArgs):
     # 'synther, reward standardised' differs from synther in dmc/ alone
     methods: tuple[Literal[tuple(METHODS)], ...] = ("sac", "sac, 20 updates", "redq", "synther")
     total_steps: Optional[int] = None  # environment steps; default: those of the scale
-    seeds: int = 2  # 0: nothing is run, the table is of what is recorded
 
 
 def main(args):
@@ -61,7 +60,7 @@ def show(args, path):
             panels[task][method] = [values["return_mean"] for values in found]
     if not any(panels.values()):
         raise edm.RunError(f"nothing is recorded in {args.out} for these tasks and methods")
-    runs.print_header("return (seeds)", *args.tasks)
+    runs.print_row("return (seeds)", *args.tasks, head=True)
     for method in args.methods:
         cells = [runs.summary(own.get(method, []), digits=0) for own in panels.values()]
         runs.print_row(method, *cells)

@@ -1,12 +1,11 @@
 """Several environments together (Figure 7): interquartile mean, and how probably one kind of run
 beats another.
 
-    pip install -r tests/paper/requirements-figure7.txt
     python tests/paper/figure7.py runs/* --new data=synther --old data=real augment=none
 
-Environment, dataset and --subsample make a task, and the script in files of results. Give run
-folders of one script at a time: they do not name it. A task counts if it has --seeds runs of both
-kinds; what is more is left out. A run's score is the mean of its last three evaluations. The
+It needs requirements-figure7.txt. Environment, dataset and --subsample make a task, and the script
+in files of results. Give run folders of one script at a time: they do not name it. A task counts if
+it has --seeds runs of both kinds. A run's score is the mean of its last three evaluations. The
 intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
 """
 
@@ -19,7 +18,7 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import last_values, launch, print_header, print_row, recorded
+from runs import last_values, launch, print_row, recorded
 
 import edm
 
@@ -35,42 +34,35 @@ class Args:
     out: Path = Path("figure7.png")  # the picture
 
 
-def load_runs(paths):
-    """The finished runs: dicts of their arguments and, by "values", what they have come to."""
-    found = []
-    for path in paths:
+def paired_scores(args):
+    """Scores of new and old runs, [seeds, tasks] each. RunError if there are none, or if two runs of
+    one kind and task have the same seeds."""
+    finished = []
+    for path in args.paths:
         if path.suffix == ".jsonl":
-            found += recorded(path)
+            finished += recorded(path)
         elif (path / "final_returns.npz").exists():
             settings = json.loads((path / "args.json").read_text())
-            found.append(settings | dict(values=last_values(path)))
-    return found
-
-
-def paired_scores(args):
-    """Scores of new and old runs, [seeds, tasks] each. RunError if there are none, or if two runs
-    of one kind and task have the same seeds."""
+            finished.append(settings | dict(values=last_values(path)))
     kinds = []  # of both: task -> seeds -> score
     for words in (args.new, args.old):
-        kinds.append(defaultdict(dict))
+        found = defaultdict(dict)
         wanted = [word.partition("=") for word in words]
-        for run in load_runs(args.paths):
+        for run in finished:
             if any(str(run.get(key)) != value for key, _, value in wanted):
                 continue
             task = tuple(str(run.get(x)) for x in ("script", "env", "dataset_path", "subsample"))
             seeds = (run["seed"], run.get("diffusion_seed"))
-            if seeds in kinds[-1][task]:
+            if seeds in found[task]:
                 same = f"two runs of {task} with {' '.join(words)} have the same seeds"
                 raise edm.RunError(f"{same}: add what they differ in")
-            kinds[-1][task][seeds] = run["values"]["score"]
+            found[task][seeds] = run["values"]["score"]
+        kinds.append(found)
     tasks = [x for x in sorted(kinds[0]) if min(len(own[x]) for own in kinds) >= args.seeds]
     if not tasks:
         raise edm.RunError(f"no task has {args.seeds} finished runs of both kinds")
-    pair = []
-    for own in kinds:
-        scores = [list(own[task].values())[: args.seeds] for task in tasks]
-        pair.append(np.array(scores).T)
-    return pair
+    scores = [[list(found[task].values())[: args.seeds] for task in tasks] for found in kinds]
+    return np.array(scores).transpose(0, 2, 1)
 
 
 def main(args):
@@ -78,7 +70,7 @@ def main(args):
 
     new, old = paired_scores(args)
     print(f"{new.shape[1]} tasks, {len(new)} seeds\n")
-    print_header("", "interquartile mean", "95%")
+    print_row("", "interquartile mean", "95%", head=True)
     iqm = lambda scores: np.array([metrics.aggregate_iqm(scores)])  # noqa: E731
     values, limits = library.get_interval_estimates(dict(new=new, old=old), iqm, reps=args.draws)
     fig, ax = plt.subplots(figsize=(6, 1.6), layout="constrained")

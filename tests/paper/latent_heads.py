@@ -12,13 +12,14 @@ mean absolute action. Only by remembering single actions can an error come below
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
-from runs import launch, print_header, print_row, record, recorded
+from runs import launch, print_row, record, recorded
 
 import edm
 import synther_vd4rl as script
@@ -32,17 +33,6 @@ class Args:
     out: Path = Path("heads.jsonl")  # file to add results to, one JSON object per line
 
 
-def train_heads(rows, seed, act_dim, args):
-    """Stage 2 of synther_vd4rl.py."""
-    torch.manual_seed(seed)
-    heads = script.DrQBC(act_dim, args, "stage2")
-    draw = lambda: script.draw_latents(args, rows, heads.latent_dim)  # noqa: E731
-    update = script.make_update(args, heads, draw, torch.zeros(len(heads.LOSSES)))
-    for number in edm.Bar(range(1, args.stage2_updates + 1), "stage2"):
-        update(number)
-    return heads
-
-
 @torch.no_grad()
 def action_error(heads, rows):
     """The unexplained share of the actions' variance, and the policy's mean absolute action."""
@@ -54,7 +44,7 @@ def action_error(heads, rows):
 
 def print_table(results):
     """Mean and standard deviation over the seeds of each run and source."""
-    print_header("run", "heads on", "score", "error", "held-out error", "size")
+    print_row("run", "heads on", "score", "error", "held-out error", "size", head=True)
     lines = defaultdict(lambda: defaultdict(list))
     for result in results:
         for key, value in result.items():
@@ -86,7 +76,12 @@ def main(args):
         result = dict(run=args.run.name, source=source, seed=seed)
         if result in done:
             continue
-        heads = train_heads(rows[source], seed, env.act_dim, run)
+        torch.manual_seed(seed)
+        heads = script.DrQBC(env.act_dim, run, "stage2")
+        draw = partial(script.draw_latents, run, rows[source], heads.latent_dim)
+        update = script.make_update(run, heads, draw, torch.zeros(len(heads.LOSSES)))
+        for number in edm.Bar(range(1, run.stage2_updates + 1), "stage2"):
+            update(number)
         if source == "held-out":
             result["held_out"], result["size"] = action_error(heads, real[held_out])
         else:

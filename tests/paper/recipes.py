@@ -5,9 +5,9 @@ equal CPU seconds.
     python tests/paper/recipes.py --table
     python tests/paper/recipes.py --only fast paper --plot frontier.png
 
-Each variation is trained on one thread for as many steps as take the given seconds of processor
-time there, so that other work on the machine changes nothing but the waiting. Results that --out
-has are not made again. Start rows are not repeated here, and terminals are the column's.
+Each variation is trained on one thread for as many steps as take the seconds of processor time
+there. Results that --out has are not made again. Start rows are not repeated, and terminals the
+column's.
 """
 
 import math
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from dynamics import NQ, dynamics_scores
-from runs import launch, print_header, print_row, record, recorded
+from runs import launch, print_row, record, recorded
 
 import edm
 
@@ -77,7 +77,6 @@ def train(rows, name, steps, seed=0, **options):
     """A diffusion model of the variation `name`, on rows [N, dim] whose last column is
     terminals."""
     args = edm.DiffusionArgs(diffusion_steps=steps, diffusion_recipe=name, diffusion_seed=seed)
-    args.diffusion_residual = VARIATIONS[name].residual
     args.checkpoint_every = 100
     make = MODELS.get(name, edm.EDM)
     return edm.train_edm(rows, args, make=make, raw_columns=[-1], **options)
@@ -102,7 +101,7 @@ def print_table(results):
             if (r["env"], r["seconds"]) == (env, seconds):
                 table.setdefault(r["name"], []).append([r[column] for column in columns])
         print(f"\n{env}, {seconds} s\n")
-        print_header("recipe", "seeds", *columns)
+        print_row("recipe", "seeds", *columns, head=True)
         for name, x in sorted(table.items(), key=lambda item: np.mean(item[1], axis=0)[1]):
             print_row(name, str(len(x)), *(f"{mean:.4g}" for mean in np.mean(x, axis=0)))
 

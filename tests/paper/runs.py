@@ -44,8 +44,7 @@ class StudyArgs:
 
 
 def launch(main, args_class, description):
-    """Call main with the arguments of the command line. Bad input ends with one sentence and code
-    2."""
+    """Call main with the arguments of the command line. Bad input ends it with one sentence."""
     try:
         main(tyro.cli(args_class, description=description))
     except (edm.RunError, OSError, KeyboardInterrupt) as error:
@@ -122,8 +121,8 @@ def last_values(folder):
 
 
 def at_once(workers, jobs):
-    """Call functions without arguments, `workers` at a time. Returns what they return, in order. After
-    an error no more are begun."""
+    """Call functions without arguments, `workers` at a time. Returns what they return, in order.
+    After an error no more are begun."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda job: job(), jobs))
 
@@ -187,15 +186,11 @@ def summary(scores, digits=1):
     return f"{np.mean(scores):,.{digits}f}{spread} ({len(scores)})" if len(scores) else ""
 
 
-def print_row(*cells):
+def print_row(*cells, head=False):
     """Print a line of a table."""
     print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def print_header(*names):
-    """Print the first two lines of a table."""
-    print_row(*names)
-    print("|" + "---|" * len(names))
+    if head:
+        print("|" + "---|" * len(cells))
 
 
 def draw_scores(path, panels, xlabel="score"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from dynamics import ModelArgs, dynamics_scores, load
-from runs import launch, print_header, print_row
+from runs import launch, print_row
 
 import edm
 
@@ -44,7 +44,7 @@ def main(args):
     some = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:5_000]]
     floor = dynamics_scores(args.env, edm.unpack(some, *sizes))["dynamics"]
     quality = ("marginal", "correlation", "spread", "terminals", "dynamics")
-    print_header("sampler", "calls", *quality, "us per row")
+    print_row("sampler", "calls", *quality, "us per row", head=True)
     print_row("(real rows)", "", "", "", "1", f"{real[:, -1].mean():.2%}", f"{floor:.1e}", "")
     for name, make, sampler, steps, seed in LINES:
         model = edm.load_edm(args.model, make=make)

@@ -6,9 +6,9 @@ upsampled rows give?
     python tests/paper/small_data.py --out small_data --data my_data.hdf5 --env Walker2d-v4
     python tests/paper/small_data.py --out tests/paper/results --seeds 0    # our own results
 
-The data are replay buffers of SAC agents that `synther_sac_online.py` collects, or a file of yours.
-The table shows the normalised score, mean of the last three evaluations, and its standard deviation
-over all recorded seeds. Each seed has its own subset of the rows, diffusion model and agent.
+The data are replay buffers of SAC agents, which are collected first, or a file of yours. The table
+shows the normalised score, mean of the last three evaluations. Each seed has its own subset of the
+rows, diffusion model and agent.
 """
 
 from collections import defaultdict
@@ -36,10 +36,8 @@ SCALES = dict(cpu=SMALL, paper=runs.PAPER)
 METHODS = {  # in the order of the picture's colours
     "generated": dict(data="synther", augment="none"),
     "real": dict(data="real", augment="none"),
-    "additive": dict(data="real", augment="additive"),
-    "multiplicative": dict(data="real", augment="multiplicative"),
-    "dynamics": dict(data="real", augment="dynamics"),
 }
+METHODS |= {x: dict(data="real", augment=x) for x in ("additive", "multiplicative", "dynamics")}
 
 
 @dataclass(kw_only=True)
@@ -54,15 +52,10 @@ class Args(runs.StudyArgs):
 
 def collect(args, name):
     """Make the file of a replay buffer, if it is not there."""
-    path = args.out / f"{name}.hdf5"
     _, options = DATA.get(name, (None, None))
-    if options and not path.exists():
-        options = options | dict(algo="sac", eval_every=10_000, save_dataset=path.name)
-        folder = runs.run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
-        if not path.exists():
-            raise edm.RunError(
-                f"{path} is gone, but not the run that made it: move {folder.parent} away"
-            )
+    if options and not (args.out / f"{name}.hdf5").exists():
+        options = options | dict(algo="sac", eval_every=10_000, save_dataset=f"{name}.hdf5")
+        runs.run(args.out, f"collect-{name}", "synther_sac_online.py", **options)
 
 
 def run_of(args, agent, name, method, size, seed):
@@ -136,7 +129,7 @@ def show(args):
         raise edm.RunError(f"nothing is recorded in {args.out}")
     names = sorted({name for name, _, _ in scores})
     sizes = sorted(set().union(*scores.values()))
-    runs.print_header("data, agent, rows (seeds)", *(f"{size:,}" for size in sizes))
+    runs.print_row("data, agent, rows (seeds)", *(f"{size:,}" for size in sizes), head=True)
     figsize = (3.3 * len(names) + 2, 3.2)
     fig, axes = plt.subplots(1, len(names), figsize=figsize, squeeze=False, layout="constrained")
     panels = dict(zip(names, axes[0]))

@@ -1,18 +1,16 @@
 """Other generative models (Table 1): how close are their samples to the data, and what does an
 agent learn from them?
 
-    pip install -r tests/paper/requirements-table1.txt
     python tests/paper/table1.py --out table1                                # 2 hours on two cores
     python tests/paper/table1.py --out table1 --data walker2d.hdf5 --env Walker2d-v4
 
-"real" are rows of the data that no model has seen. "independent" draws each column from the data
-for itself. "copula" is a Gaussian copula: it keeps the columns' distributions and the correlations
-of their ranks. TVAE and CTGAN are the library ctgan's. All learn from the same half of the data.
-AUC: can a classifier tell the samples from rows that no model has seen? 0.5: no. Dynamics and
-reward are errors against the simulator. Score: TD3+BC on the samples.
+It needs requirements-table1.txt. All models learn from half of the data. "real" is the other half.
+"independent" draws each column for itself. "copula" is a Gaussian copula: it keeps the columns'
+distributions and the correlations of their ranks. AUC: can a classifier tell the samples from rows
+that no model has seen? 0.5: no. Dynamics and reward are errors against the simulator. Score:
+TD3+BC.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -99,9 +97,7 @@ def main(args):
     }
     for name in args.models:
         if not (folder / f"{name}.npz").exists():
-            clock = time.time()
             edm.save_npz(folder / f"{name}.npz", edm.unpack(make[name](), obs_dim))
-            print(f"{name}: {time.time() - clock:.0f} s", flush=True)
 
     options = {key: size[key] for key in ("updates", "eval_every", "num_samples")}
     options["env"] = "quickstart"
@@ -115,7 +111,9 @@ def main(args):
         jobs.append(partial(runs.result, *where, **own))
     scores = [values["score"] for values in runs.at_once(args.workers, jobs)]
     scores = dict(zip(args.models, np.reshape(scores, (len(args.models), args.seeds))))
-    runs.print_header("model", "marginal", "correlation", "AUC", "dynamics", "reward", "score")
+    runs.print_row(
+        "model", "marginal", "correlation", "AUC", "dynamics", "reward", "score", head=True
+    )
     for name in args.models:
         samples = edm.load_transitions(folder / f"{name}.npz")
         others = rows[seen] if name == "real" else rows[unseen]

@@ -10,7 +10,7 @@ against the simulator.
 from dataclasses import dataclass
 
 from dynamics import ModelArgs, dynamics_scores, load
-from runs import launch, print_header, print_row
+from runs import launch, print_row
 
 import edm
 
@@ -27,7 +27,7 @@ def main(args):
     for kind in ("column", "classifier"):
         kinds[kind] = edm.generate_transitions(model, real, args.num_samples, terminals=kind)
     columns = "terminals, share, ends in the simulator, recall, precision, dynamics error"
-    print_header(*columns.split(", "))
+    print_row(*columns.split(", "), head=True)
     for kind, rows in kinds.items():
         scores = dynamics_scores(args.env, edm.unpack(rows, obs_dim, act_dim))
         cells = [f"{rows[:, -1].mean():.2%}", f"{scores['falls']:.2%}"]

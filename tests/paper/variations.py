@@ -1,20 +1,17 @@
 """Variations of an experiment: larger agents (Table 3), small denoisers (Table 5), depth and plain
-MLPs (Table 10), half real data (Table 12), number of samples (Figure 9). Each is a list of runs of
-`synther_td3bc.py`.
+MLPs (Table 10), half real data (Table 12), number of samples (Figure 9).
 
     python tests/paper/variations.py table12 --out variations             # an hour
     python tests/paper/variations.py table10 --out tests/paper/results --seeds 0  # our results
 
-A run's score is the mean of its last three evaluations. The table has the mean and the standard
-deviation of it over all seeds of the agent that are recorded. All seeds learn from the samples of
-seed 0. Data / model: how many numbers the real data have for one of the diffusion model.
+A score is the mean of a run's last three evaluations. All seeds of the agent learn from the samples
+of seed 0. Data / model: how many numbers the real data have for one of the diffusion model.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import runs
 import tyro
@@ -49,14 +46,11 @@ SMALL_PAPER |= dict(diffusion_steps=10_000, num_samples=100_000)
 class Args(runs.StudyArgs):
     study: Annotated[Literal[tuple(STUDIES)], tyro.conf.Positional]
     env: str = "quickstart"  # as in the scripts
-    dataset_path: Optional[Path] = None  # as in the scripts
 
 
 def options_of(args, label, seed):
     """The options of one run."""
     options = dict(env=args.env, seed=seed) | SCALES[args.scale]
-    if args.dataset_path:
-        options["dataset_path"] = str(args.dataset_path.resolve())
     options |= STUDIES[args.study][label]
     if args.scale == "cpu" and args.study == "table3" and "larger" in label:
         options |= SMALL_LARGE
@@ -95,8 +89,8 @@ def show(args):
     if not found:
         raise edm.RunError(f"nothing of {args.study} is recorded in {args.out}")
     panel = {}
-    numbers = sum(x.size for x in edm.load_transitions(args.dataset_path or args.env).values())
-    runs.print_header("", "data / model", "marginal", "correlation", "AUC", "score (seeds)")
+    numbers = sum(x.size for x in edm.load_transitions(args.env).values())
+    runs.print_row("", "data / model", "marginal", "correlation", "AUC", "score (seeds)", head=True)
     for label, own in found.items():
         panel[label] = [values["score"] for values in own]
         first = own[0]

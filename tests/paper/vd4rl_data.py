@@ -4,10 +4,10 @@ agent acts.
     python tests/paper/vd4rl_data.py --env walker-walk-mixed --run runs/dmc-walker-walk__...
     python synther_vd4rl.py --env walker-walk-mixed --dataset-path vd4rl_data
 
-About 30 images a second on a CPU. An episode of level `expert` is the agent's, one of `random` has
-random actions. In one of `mixed` each action is random with a probability that is drawn once for
-it. As in V-D4RL every action is held for two steps of the simulator. The agent learned to choose
-one for each, so it plays a little worse than in its own run.
+An episode of level `expert` is the agent's, one of `random` has random actions. In one of `mixed`
+each action is random with a probability that is drawn once for it. As in V-D4RL every action is
+held for two steps of the simulator. The agent learned to choose one for each, so it plays a little
+worse.
 """
 
 import json
@@ -37,16 +37,6 @@ class Args:
     seed: int = 0  # of the tasks and the actions
 
 
-def load_agent(folder, act_dim):
-    """The agent of a run of synther_sac_online.py."""
-    settings = json.loads((folder / "args.json").read_text())
-    saved = edm.load_torch(folder / "checkpoint.pt")["agent"]
-    args = synther_sac_online.Args(**settings | dict(device="cpu"))
-    agent = synther_sac_online.SAC(saved["actor.net.0.weight"].shape[1], act_dim, args)
-    agent.load_state_dict(saved)
-    return agent
-
-
 @torch.no_grad()
 def main(args):
     task, _, level = args.env.rpartition("-")
@@ -62,7 +52,11 @@ def main(args):
         )
     env = synther_vd4rl.make_env(task)
     if level != "random":
-        actor = load_agent(args.run, env.act_dim).actor
+        run = json.loads((args.run / "args.json").read_text()) | dict(device="cpu")
+        saved = edm.load_torch(args.run / "checkpoint.pt")["agent"]
+        sizes = (saved["actor.net.0.weight"].shape[1], env.act_dim)
+        agent = synther_sac_online.SAC(*sizes, synther_sac_online.Args(**run))
+        agent.load_state_dict(saved)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
@@ -77,7 +71,7 @@ def main(args):
                 action = rng.uniform(-1, 1, env.act_dim)
             else:
                 observation = np.concatenate([np.ravel(x) for x in env.observation.values()])
-                actions, _ = actor.sample(torch.from_numpy(observation).float()[None])
+                actions, _ = agent.actor.sample(torch.from_numpy(observation).float()[None])
                 action = actions[0].numpy()
             images, reward, ended = env.step(action)
             rows.append((images[-3:], action, reward, 1.0, 2 if ended else 1))

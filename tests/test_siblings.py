@@ -258,29 +258,6 @@ def test_agent_gets_rows_and_observations_in_the_same_units(tmp_path, monkeypatc
     torch.testing.assert_close(agent.actor.act(raw_s), of_rows.act(rows[:, :3]))
 
 
-@pytest.mark.parametrize("script", [synther_td3bc, synther_iql])
-def test_augmentation_is_in_units_of_the_states(tmp_path, monkeypatch, script):
-    """Additive noise has a tenth of each state's standard deviation."""
-    batches = []
-    augment_batch = script.augment_batch
-
-    def recording(batch, *options):
-        before = batch.clone()
-        augment_batch(batch, *options)
-        batches.append((before, batch.clone()))
-
-    monkeypatch.setattr(script, "augment_batch", recording)
-    data = transitions(300, act_dim=1)
-    data["observations"] *= np.float32([1, 10, 100])
-    options = dict(env="robot", dataset_path=write(tmp_path / "data.npz", data), data="real")
-    options |= dict(updates=40, eval_episodes=0, augment="additive")
-    run(script, tmp_path, **TINY | options)
-    before, after = map(torch.cat, zip(*batches))
-    torch.testing.assert_close(before[:, :3].std(0), torch.ones(3), atol=0.1, rtol=0)
-    spread = (after - before)[:, :3].std(0)
-    torch.testing.assert_close(spread, torch.full((3,), 0.1), atol=5e-3, rtol=0)
-
-
 @offline
 @pytest.mark.parametrize("data", ["real", "mixed"])
 @pytest.mark.parametrize("env", ["antmaze-umaze-v2", "tests.test_siblings:antmaze-foo-v0"])

@@ -183,29 +183,6 @@ def test_rendered_environment_equals_dm_control():
     assert result.returncode == 0, result.stderr
 
 
-def test_without_a_renderer_the_message_names_packages(monkeypatch):
-    monkeypatch.delenv("MUJOCO_GL")
-    monkeypatch.setattr(sys, "platform", "linux")
-    tried = []
-    status = dict(egl=1, osmesa=1)
-
-    def run(*args, env, **options):
-        tried.append(env["MUJOCO_GL"])
-        return subprocess.CompletedProcess(args, status[tried[-1]])
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(synther_vd4rl, "PixelEnv", lambda task: {}["no OpenGL"])
-    synther_vd4rl.choose_renderer.cache_clear()
-    for _ in range(2):  # the second time it is known
-        with pytest.raises(edm.RunError, match="libegl1.*libosmesa6.*--eval-episodes 0"):
-            synther_vd4rl.make_env("walker-walk")
-    assert "MUJOCO_GL" not in os.environ and tried == ["egl", "osmesa"]
-    status["osmesa"] = 0
-    synther_vd4rl.choose_renderer.cache_clear()
-    synther_vd4rl.choose_renderer()
-    assert os.environ["MUJOCO_GL"] == "osmesa"
-
-
 # --- Agent and latents ---
 
 

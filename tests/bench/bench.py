@@ -212,10 +212,8 @@ def plain_td3bc(parts, device):
     """An update: three networks with an optimiser each."""
     actor = nn.Sequential(mlp(OBS_DIM, 256, 256, ACT_DIM), nn.Tanh()).to(device)
     critics = make_critics(2).to(device)
-    actor_target = copy.deepcopy(actor)
-    targets = copy.deepcopy(critics)
-    actor_optimizer = adam(actor)
-    critic_optimizers = [adam(critic) for critic in critics]
+    actor_target, targets = copy.deepcopy([actor, critics])
+    actor_optimizer, *critic_optimizers = map(adam, (actor, *critics))
 
     def update(i):
         s, a, r, next_s, done = draw(parts)
@@ -241,8 +239,7 @@ def plain_iql(parts, device):
     log_std = nn.Parameter(torch.zeros(ACT_DIM, device=device))
     critics = make_critics(2).to(device)
     targets = copy.deepcopy(critics)
-    value_optimizer = adam(value)
-    critic_optimizer = adam(critics)
+    value_optimizer, critic_optimizer = map(adam, (value, critics))
     actor_optimizer = adam(mean, log_std)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, 1_000_000)
 
@@ -308,9 +305,7 @@ def plain_edac(parts, device):
     critic = PlainEnsemble().to(device)
     target = copy.deepcopy(critic)
     log_alpha = torch.zeros(1, device=device, requires_grad=True)
-    actor_optimizer = adam(actor)
-    critic_optimizer = adam(critic)
-    alpha_optimizer = adam(log_alpha)
+    actor_optimizer, critic_optimizer, alpha_optimizer = map(adam, (actor, critic, log_alpha))
 
     def update(i):
         s, a, r, next_s, done = draw(parts)
@@ -344,9 +339,7 @@ def plain_sac(buffers, num_q, utd, device):
     critics = make_critics(num_q).to(device)
     targets = copy.deepcopy(critics)
     log_alpha = torch.zeros(1, requires_grad=True, device=device)
-    policy_optimizer = adam(policy)
-    alpha_optimizer = adam(log_alpha)
-    critic_optimizers = [adam(critic) for critic in critics]
+    policy_optimizer, alpha_optimizer, *critic_optimizers = map(adam, (policy, log_alpha, *critics))
 
     def step(_):
         alpha = log_alpha.exp().item()
@@ -393,9 +386,7 @@ def plain_drqbc(parts, device):
     critics = nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)])
     critic = nn.ModuleList([copy.deepcopy(trunk), critics]).to(device)
     target = copy.deepcopy(critic)
-    actor_optimizer = adam(actor)
-    critic_optimizer = adam(critic)
-    encoder_optimizer = adam(encoder)
+    actor_optimizer, critic_optimizer, encoder_optimizer = map(adam, (actor, critic, encoder))
 
     def draw_one():
         frames, actions, rewards = parts
@@ -555,38 +546,39 @@ def pixels(part, device, count, repeats):
 
 
 def peak_memory(label, script, folder, **options):
-    """Run a script in a process of its own, and print its peak memory."""
+    """Run a script in a process of its own, with a tiny network, and print its peak memory."""
     options |= dict(device="cpu", out_dir=folder, eval_episodes=0, sample_steps=2)
-    options |= dict(diffusion_steps=10, diffusion_width=32)
+    options |= dict(diffusion_steps=10, diffusion_width=32, diffusion_depth=1)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / script), *words]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    print(f"{label}: peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
+    print(f"{label} GB): peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
 
 
 def memory_of_rows(num_rows, folder):
-    """synther_td3bc.py on random data of Walker2d's size, with a tiny network."""
+    """synther_td3bc.py on random data of Walker2d's size."""
     np.savez(f"{folder}/data.npz", **edm.unpack(random_rows(20_000), OBS_DIM))
-    label = f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f} GB)"
     options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", num_samples=num_rows)
-    peak_memory(label, "synther_td3bc.py", folder, **options, diffusion_depth=1, updates=20)
+    label = f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f}"
+    peak_memory(label, "synther_td3bc.py", folder, **options, updates=20)
 
 
 def memory_of_images(num_images, folder):
     """synther_vd4rl.py on random images, a few updates of the paper's batch size."""
     files = Path(folder) / "main/walker_walk/expert/84px"
     files.mkdir(parents=True)
+    columns = dict(reward=np.ones(501, np.float32), discount=np.ones(501, np.float32))
+    columns["step_type"] = np.array([0] + 499 * [1] + [2])
     for i in range(math.ceil(num_images / 501)):
+        columns["observation"] = np.random.randint(0, 256, (501, 3, 84, 84), dtype=np.uint8)
+        columns["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
         with h5py.File(files / f"{i:05}.hdf5", "w") as f:
-            f["observation"] = np.random.randint(0, 256, (501, 3, 84, 84), dtype=np.uint8)
-            f["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
-            f["reward"] = np.ones(501, np.float32)
-            f["discount"] = np.ones(501, np.float32)
-            f["step_type"] = np.array([0] + 499 * [1] + [2])
-    label = f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f} GB)"
+            for key, x in columns.items():
+                f[key] = x
     options = dict(dataset_path=folder, stage1_updates=20, stage2_updates=20, num_samples=100_000)
+    label = f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f}"
     peak_memory(label, "synther_vd4rl.py", folder, **options)
 
 

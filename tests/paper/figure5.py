@@ -1,11 +1,10 @@
-"""How far are new rows from the data, and how true are they (Figure 5)? SynthER's against explicit
-augmentations.
+"""How far are new rows from the data, and how true are they (Figure 5)?
 
     python tests/paper/figure5.py --run runs/Walker2d-v4__... --env Walker2d-v4 --out figure5.png
 
-Distance: from a new row to the nearest row that the model was trained on, in standardised units.
-Error: the mean squared error of s' and r against the simulator, in raw units. The table shows
-medians over the rows that it takes.
+SynthER's rows stand beside augmented ones. Distance: from a new row to the nearest row that the
+model was trained on, in standardised units. Error: the mean squared error of s' and r against the
+simulator, in raw units. The table shows medians.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""Several environments together (Figure 7): interquartile mean, and how probably one kind of run
-beats another.
+"""Several environments together (Figure 7): interquartile mean, and how probably one kind
+of run beats another.
 
     python tests/paper/figure7.py runs/* --new data=synther --old data=real augment=none
 
 It needs requirements-figure7.txt. Environment, dataset and --subsample make a task, and the script
 in files of results. Give run folders of one script at a time: they do not name it. A task counts if
-it has --seeds runs of both kinds. A run's score is the mean of its last three evaluations. The
-intervals are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
+it has --seeds runs of both kinds. A score is the mean of a run's last three evaluations. Intervals
+are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
 """
 
 import json
@@ -35,8 +35,7 @@ class Args:
 
 
 def paired_scores(args):
-    """Scores of new and old runs, [seeds, tasks] each. RunError if there are none, or if two runs of
-    one kind and task have the same seeds."""
+    """Scores of new and old runs, [2, seeds, tasks]. RunError if two runs have the same seeds."""
     finished = []
     for path in args.paths:
         if path.suffix == ".jsonl":

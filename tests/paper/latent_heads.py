@@ -87,8 +87,7 @@ def main(args):
         else:
             result["error"], result["size"] = action_error(heads, real)
             policy = script.make_policy(heads, agent)
-            returns, _ = script.evaluate(policy, env, args.episodes, 1_000)
-            result["returns"] = returns.tolist()
+            result["returns"] = script.evaluate(policy, env, args.episodes, 1_000).tolist()
         record(args.out, result)
         print(result, flush=True)
 

@@ -1,13 +1,11 @@
-"""Which recipe makes good samples in little time: variations of the diffusion model's training, at
-equal CPU seconds.
+"""Which recipe makes good samples in little time: variations of it, at equal CPU seconds.
 
     python tests/paper/recipes.py --data walker2d.hdf5 --env Walker2d-v4 --seconds 60
     python tests/paper/recipes.py --table
     python tests/paper/recipes.py --only fast paper --plot frontier.png
 
-Each variation is trained on one thread for as many steps as take the seconds of processor time
-there. Results that --out has are not made again. Start rows are not repeated, and terminals the
-column's.
+Each is trained on one thread for as many steps as take the seconds of processor time there. Results
+that --out has are not made again. Start rows are not repeated, and terminals are the column's.
 """
 
 import math

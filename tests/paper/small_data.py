@@ -1,14 +1,13 @@
-"""Small datasets (Figures 1a and 4): agents on a few real rows, on what a diffusion model makes of
-these, and on augmented ones. And the data multiplier: how many real rows give the score that N
-upsampled rows give?
+"""Small datasets (Figures 1a and 4): agents on a few real rows, on what a diffusion model
+makes of these, and on augmented ones. And the data multiplier: how many times as many real rows
+give the score of the generated ones?
 
     python tests/paper/small_data.py --out small_data --seeds 5       # hours
     python tests/paper/small_data.py --out small_data --data my_data.hdf5 --env Walker2d-v4
     python tests/paper/small_data.py --out tests/paper/results --seeds 0    # our own results
 
-The data are replay buffers of SAC agents, which are collected first, or a file of yours. The table
-shows the normalised score, mean of the last three evaluations. Each seed has its own subset of the
-rows, diffusion model and agent.
+The data are replay buffers of SAC agents, which are collected first, or a file of yours. A score is
+the mean of a run's last three evaluations. Each seed has its own rows, diffusion model and agent.
 """
 
 from collections import defaultdict
@@ -118,8 +117,7 @@ def main(args):
 
 
 def show(args):
-    """Print the table of all that is recorded, and draw the picture: scores over numbers of
-    rows."""
+    """Print the table of all that is recorded, and draw the scores over numbers of rows."""
     scores = defaultdict(lambda: defaultdict(list))  # (data, agent, method) -> size -> scores
     for entry in runs.recorded(args.out / "small_data.jsonl"):
         agent, name = entry["name"].split("-", 1)

@@ -1,5 +1,5 @@
-"""Other generative models (Table 1): how close are their samples to the data, and what does an
-agent learn from them?
+"""Other generative models (Table 1): the quality of their samples, and an agent's score on
+these.
 
     python tests/paper/table1.py --out table1                                # 2 hours on two cores
     python tests/paper/table1.py --out table1 --data walker2d.hdf5 --env Walker2d-v4
@@ -7,8 +7,7 @@ agent learn from them?
 It needs requirements-table1.txt. All models learn from half of the data. "real" is the other half.
 "independent" draws each column for itself. "copula" is a Gaussian copula: it keeps the columns'
 distributions and the correlations of their ranks. AUC: can a classifier tell the samples from rows
-that no model has seen? 0.5: no. Dynamics and reward are errors against the simulator. Score:
-TD3+BC.
+that no model has seen? 0.5: no. Dynamics and reward are errors against the simulator.
 """
 
 from dataclasses import dataclass

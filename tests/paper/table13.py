@@ -1,12 +1,11 @@
-"""Latents of actor and critic, or of one of them for both heads (Table 13), on real and on
-generated latents.
+"""Latents of actor and critic, or of one of them for both heads (Table 13).
 
     python tests/paper/table13.py --out table13                          # hours on two cores
     python tests/paper/table13.py --out tests/paper/results --seeds 0    # our own results
 
 An agent learns walker-walk, is filmed, and DrQ+BC learns from the images (stage 1). All latents are
-its own. The table shows return / 10, mean of the last three evaluations, and its standard deviation
-over all recorded seeds. Each seed has its own diffusion model and heads.
+its own. The table shows return / 10, mean of the last three evaluations, with heads on real latents
+and on generated ones. Each seed has its own diffusion model and heads.
 """
 
 import shutil

@@ -3,8 +3,7 @@
     python tests/paper/terminals.py --data FILE.hdf5 --model runs/.../diffusion.pt --true-next-obs
 
 Walker2d and Hopper end an episode by a rule on the state, so the simulator can tell which generated
-(s, a) end one. Printed are the share of terminals, and the recall and precision of the flags
-against the simulator.
+(s, a) end one. Recall and precision are those of the flags against it.
 """
 
 from dataclasses import dataclass

@@ -36,8 +36,3 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def pytest_addoption(parser):
-    text = "signals to each script in test_stops.py (default: 1)"
-    parser.addoption("--kills", type=int, default=1, help=text)

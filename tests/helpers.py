@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import runpy
 import shutil
 import sys
@@ -12,6 +13,7 @@ import gymnasium as gym
 import h5py
 import minari
 import numpy as np
+import pytest
 import torch
 import torch.nn as nn
 from minari.data_collector import EpisodeBuffer
@@ -106,6 +108,17 @@ def command(monkeypatch, script, **options):
         words += [f"--{key.replace('_', '-')}", str(value)]
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(script.__file__, run_name="__main__")
+
+
+def assert_refused(monkeypatch, capsys, folder, script, message, **options):
+    """Exit code 2, one line that begins with `error:`, nothing made and nothing changed."""
+    before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, script, **options)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and re.search(message, line)
+    assert {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")} == before
 
 
 def run(script, out_dir, **options):

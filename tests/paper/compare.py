@@ -85,7 +85,8 @@ def main(args):
         columns = [f"{x.mean():.1f} +- {x.std():.1f}" for x in columns]
         print_row(env, name, str(len(scores)), f"{steps[-1]:,} {unit}", *columns)
         style = dict(label=label, color=f"C{labels.index(label)}")
-        panels[env][0].set(title=env, xlabel=args.against or unit, ylabel=key.replace("_", " "))
+        ylabel = "return" if key == "returns" else "normalised score"
+        panels[env][0].set(title=env, xlabel=args.against or unit, ylabel=ylabel)
         points[env, label].append((values.index(value), scores[:, -1].mean(), scores[:, -1].std()))
         if not args.against:
             draw(panels[env][0], steps, scores, **style)

@@ -77,14 +77,10 @@ class Maze2d(gym.Env):
           <worldbody>
             <body pos="1.2 1.2 0">
               <geom type="sphere" size=".1" contype="1"/>
-              <joint name="x" axis="1 0 0"/>
-              <joint name="y" axis="0 1 0"/>
+              <joint name="x" axis="1 0 0"/> <joint name="y" axis="0 1 0"/>
             </body>
           </worldbody>
-          <actuator>
-            <motor joint="x"/>
-            <motor joint="y"/>
-          </actuator>
+          <actuator> <motor joint="x"/> <motor joint="y"/> </actuator>
         </mujoco>"""
 
     def __init__(self, maze, goal):

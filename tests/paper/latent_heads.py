@@ -71,10 +71,9 @@ def main(args):
     real = edm.load_torch(args.run / "latents.pt")
     generated = edm.pack(**edm.load_transitions(args.run / "synthetic.npz"))[:, :-1]
     rows = {"real": real, "generated": generated, "held-out": real[~held_out]}
-    done = [{key: r[key] for key in ("run", "source", "seed")} for r in results]
     for seed, source in product(args.seeds, rows):
         result = dict(run=args.run.name, source=source, seed=seed)
-        if result in done:
+        if any(result.items() <= r.items() for r in results):
             continue
         torch.manual_seed(seed)
         heads = script.DrQBC(env.act_dim, run, "stage2")

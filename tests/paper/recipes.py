@@ -142,10 +142,9 @@ def main(args):
     real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
     rows = real[: args.rows]
     others = real[args.rows : 2 * args.rows]
-    done = [{key: r[key] for key in ("env", "rows", "seconds", "name", "seed")} for r in results]
     for seconds, seed, name in product(args.seconds, args.seeds, args.only or VARIATIONS):
         result = dict(env=args.env, rows=len(rows), seconds=seconds, name=name, seed=seed)
-        if result in done:
+        if any(result.items() <= r.items() for r in results):
             continue
         result["steps"] = round(seconds / step_seconds(rows, name))
         model = train(rows, name, result["steps"], seed)

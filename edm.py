@@ -1,18 +1,16 @@
 """The diffusion model of Synthetic Experience Replay (SynthER, Lu et al., NeurIPS 2023).
 
-An Elucidated Diffusion Model (EDM, Karras et al. 2022) learns the rows [s, a, r, s', d] of a replay
-buffer, and generates as many new ones as an agent wants. Sections, tables and figures are those of
-the SynthER paper; Karras is arXiv 2206.00364. The scripts import this file. It also works alone:
+An Elucidated Diffusion Model (EDM, Karras et al. 2022, arXiv 2206.00364) learns the rows
+[s, a, r, s', d] of a replay buffer, and generates as many new ones as an agent wants. Tables and
+figures are those of the SynthER paper. The scripts import this file. It also works alone:
 
     python edm.py --data my_transitions.npz --num-samples 1000000 --out synthetic.npz
 
-From Python, with any rows, a float32 tensor [num_rows, dim]:
+From Python, with any float32 rows [num_rows, dim]:
 
-    model = edm.train_edm(rows)
-    new_rows = edm.generate(model, 1_000_000)
+    new_rows = edm.generate(edm.train_edm(rows), 1_000_000)
 """
 
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -22,7 +20,6 @@ import signal
 import socket
 import sys
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, Optional, get_args, get_type_hints
@@ -30,15 +27,14 @@ from typing import Annotated, Literal, Optional, get_args, get_type_hints
 import h5py
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 if not torch.cuda.is_available():
-    # oneDNN is twice as fast on AMD with AVX-512. PyTorch uses it for all matrices only if rounding
-    # to bfloat16 is allowed. Intel's AMX does round, so a product that shows it is tried.
+    # oneDNN is twice as fast on AMD with AVX-512. PyTorch uses it only if bfloat16 is allowed. A
+    # product is tried, as Intel's AMX does round to bfloat16.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     _ones = torch.ones(512, 512, dtype=torch.float32)
     if ((1 + 2**-12) * _ones @ _ones != 512 + 2**-3).any():
@@ -67,7 +63,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
     clip: float = 1.0  # limit of the gradient's norm
     ema_decay: Optional[float] = 0.995  # of weights, per 10 steps; None: 1 - 500 / steps
-    start_share: float = 0.0  # rows that begin episodes are repeated up to this share
+    rare_share: float = 0.0  # rare rows are repeated up to this share, and samples thinned
     guidance: float = 1.0  # weight of autoguidance; 1: none
     sampler: str = "dpmpp"
     sample_steps: int = 32
@@ -78,7 +74,7 @@ class Recipe:
 
 # Ours, for few training steps
 FAST = dict(width=256, depth=3, time_dim=None, gated=True, waves=3, knots=1_000, lr=2e-3)
-FAST |= dict(ema_decay=None, start_share=0.02, guidance=1.5, eta=1.0, terminals="classifier")
+FAST |= dict(ema_decay=None, rare_share=0.02, guidance=1.5, eta=1.0, terminals="classifier")
 RECIPES = {"paper": Recipe(), "fast": Recipe(**FAST)}  # by --diffusion-recipe
 WIDE = ("halfcheetah-medium-expert-v2", "hopper-medium-v2", "hopper-medium-expert-v2")
 # Types of arguments with limits, which `check_args` checks. Other numbers may have any value.
@@ -173,8 +169,8 @@ def geglu(x):
 
 
 class Denoiser(nn.Module):
-    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Appendix
-    B.2, Table 8), or a plain MLP (Table 10). Ours: gates; waves, which help with sharp edges."""
+    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Table 8),
+    or a plain MLP (Table 10). Ours: gates; waves, which help with sharp edges."""
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, gated=False, waves=0):
         super().__init__()
@@ -210,22 +206,19 @@ class Denoiser(nn.Module):
 
 
 class RowModel(nn.Module):
-    """A generative model of rows, and their normaliser. A subclass needs two methods. `loss(x)` is
-    the mean loss of normalised rows x [batch, dim]. `sample(num_rows)` are new rows in raw units.
-    Parameters that require gradients are trained. `changes` are to the recipe, such as width=64."""
+    """A generative model of rows, and their normaliser. A subclass needs two methods: `loss(x)`, the
+    mean loss of normalised rows [batch, dim], and `sample(num_rows)`, new rows in raw units.
+    `changes` are to the recipe, such as width=64."""
 
     def __init__(self, dim, recipe=Recipe(), **changes):
         super().__init__()
         self.recipe = replace(recipe, **changes)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        self.starts = None  # which of the rows that it learned from begin an episode
         # A table of raw values, sorted, and what they become
         self.register_buffer("raw_knots", torch.zeros(dim, self.recipe.knots))
         self.register_buffer("knots", torch.zeros(dim, self.recipe.knots))
-
-    def skip(self, num_rows):
-        """Draw `sample`'s random numbers: so rows are the same in one process."""
-        self.sample(num_rows)
 
     def tenth_done(self):
         """Called after a tenth of the training."""
@@ -236,7 +229,7 @@ class RowModel(nn.Module):
         an interval, and what is unnormalised stays in the range of the rows."""
         raw = list(raw_columns)
         std, mean = torch.std_mean(rows, dim=0)
-        self.std[:] = std + 1e-5  # not 0
+        self.std[:] = torch.where((0 < std) & (std < 1e-3), std, std + 1e-5)  # not 0
         self.mean[:] = mean
         self.std[raw] = 1.0
         self.mean[raw] = 0.0
@@ -269,8 +262,8 @@ def interpolate(x, xs, ys):
 
 
 class EDM(RowModel):
-    """D_theta: the denoiser with Karras' preconditioning (their Table 1). Ours: `early`, a copy of
-    the denoiser as it was early in the training, for the guidance."""
+    """D_theta: the denoiser with Karras' preconditioning (their Table 1). Ours: `early`, the denoiser
+    as it was early in the training, for the guidance."""
 
     P_MEAN = -1.2  # of ln(sigma) in training (Karras' Table 1)
     P_STD = 1.2
@@ -307,8 +300,8 @@ class EDM(RowModel):
         return (weight * (denoised - x) ** 2).sum() / x.numel()
 
     def denoise(self, x, sigma):
-        """`forward` with autoguidance (Karras et al. 2024): at low noise the estimate moves away
-        from the early copy's, by (guidance - 1) * sigma at most, but within the knots."""
+        """`forward` with autoguidance (Karras et al. 2024): at low noise, away from the early estimate
+        by (guidance - 1) * sigma at most, but within the knots."""
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
             change = denoised - self(x, sigma, self.early)
@@ -317,16 +310,12 @@ class EDM(RowModel):
             denoised = denoised.clamp(self.knots[:, 0], self.knots[:, -1])
         return denoised
 
-    def sample(self, num_rows, denoise=None):
+    def sample(self, num_rows):
         sigmas = karras_sigmas(self.recipe.sample_steps)
         x = sigmas[0].item() * torch.randn(num_rows, len(self.mean), device=self.mean.device)
-        denoise = denoise or self.denoise
         if self.recipe.sampler == "sde":
-            return self.unnormalize(sample_sde(denoise, x, sigmas))
-        return self.unnormalize(sample_dpmpp(denoise, x, sigmas, eta=self.recipe.eta))
-
-    def skip(self, num_rows):
-        self.sample(num_rows, denoise=lambda x, sigma: x)
+            return self.unnormalize(sample_sde(self.denoise, x, sigmas))
+        return self.unnormalize(sample_dpmpp(self.denoise, x, sigmas, eta=self.recipe.eta))
 
 
 # --- Samplers ---
@@ -362,8 +351,8 @@ def sample_sde(denoise, x, sigmas, s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noi
 
 
 def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
-    """DPM-Solver++(2M) (Cheng Lu et al. 2022, Algorithm 2): deterministic, N network calls. With
-    eta = 1 its SDE version between s_tmin and s_tmax, whose noise mends errors of earlier steps."""
+    """DPM-Solver++(2M) (Cheng Lu et al. 2022, Algorithm 2), N network calls. With eta = 1 its SDE
+    version between s_tmin and s_tmax, whose noise mends errors of earlier steps."""
     sigmas = sigmas.tolist()
     previous = None
     h_previous = None
@@ -386,9 +375,6 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
 
 # --- Files and progress ---
 
-rank = 0  # of this process under torchrun
-num_processes = 1
-
 
 class Bar(tqdm):
     """A progress bar. Where the output is no terminal, a line every half minute."""
@@ -398,7 +384,7 @@ class Bar(tqdm):
 
     def __init__(self, *args, **kwargs):
         interval = 0.5 if self.tty else 30
-        super().__init__(*args, disable=rank > 0, mininterval=interval, maxinterval=30, **kwargs)
+        super().__init__(*args, mininterval=interval, maxinterval=30, **kwargs)
 
     def display(self, *args, **kwargs):
         if self.tty:
@@ -456,7 +442,8 @@ def load_torch(path, device="cpu"):
 def save_edm(path, model):
     """Write a trained model to one file."""
     recipe = asdict(model.recipe)
-    save_torch(path, dict(dim=len(model.mean), recipe=recipe, state=model.state_dict()))
+    state = dict(dim=len(model.mean), recipe=recipe, starts=model.starts)
+    save_torch(path, state | dict(state=model.state_dict()))
 
 
 def load_edm(path, device="cpu", make=EDM):
@@ -464,35 +451,11 @@ def load_edm(path, device="cpu", make=EDM):
     saved = load_torch(path, device)
     model = make(saved["dim"], Recipe(**saved["recipe"])).to(device)
     model.load_state_dict(saved["state"])
+    model.starts = saved["starts"]
     return model.requires_grad_(False).eval()
 
 
 # --- Training and generation ---
-
-
-def join_processes(device):
-    """Under `torchrun` the first process goes on with the script, and trains alone. The others wait
-    here, make their share of the rows of each `generate`, and end when it ends."""
-    global rank, num_processes
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(days=30))  # between two `generate`
-    rank = dist.get_rank()
-    num_processes = dist.get_world_size()
-    if rank > 0:  # the first stops them
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    while rank > 0:
-        given = [None, None, None]
-        try:
-            dist.broadcast_object_list(given)
-        except RuntimeError:  # the first has ended
-            sys.exit()
-        model, num_samples, seed = given
-        with contextlib.suppress(RunError):  # the first says it
-            generate(model.to(device), num_samples, seed)
 
 
 # A decorator: after the function, torch's generators are as before.
@@ -527,12 +490,11 @@ NO_RUN = SimpleNamespace(saved=dict(stage=""), log=lambda *_: None, save=lambda 
 def train_edm(
     rows, args=DiffusionArgs(), *, make=EDM, starts=None, raw_columns=(), device="cpu", run=NO_RUN
 ):
-    """Train a generative model on rows [num_rows, dim] in raw units (Appendix B.2, Table 8). Gives
-    the model with average weights. RunError if the loss is not finite.
+    """Train a generative model on rows [num_rows, dim] in raw units (Table 8). Gives the model with
+    average weights. RunError if the loss is not finite.
 
     make: the model's class, a RowModel, or another function of dim and recipe.
-    starts: the mask of `episode_starts`, for the recipe's start_share. A model generates none of
-        such rows where they are rare.
+    starts: the mask of `episode_starts`, if few rows begin an episode: see `repeats`.
     raw_columns: columns that are not standardised, such as terminals.
     run: has log(step, values), save(state), and saved: a state to go on from, if its "stage" is
         "diffusion". RunError if it is of other options or data."""
@@ -542,14 +504,13 @@ def train_edm(
     recipe = replace(RECIPES[args.diffusion_recipe], **changes)
     settings = asdict(recipe) | dict(steps=steps, seed=args.diffusion_seed)
     settings["rows"] = hashlib.sha256(rows.cpu().contiguous().numpy()).hexdigest()
-    if starts is not None:
-        times = round(recipe.start_share * len(rows) / max(starts.sum().item(), 1))
-        rows = torch.cat([rows] + [rows[starts]] * (times - 1))
     decay = max(1 - 500 / steps, 0.0) if recipe.ema_decay is None else recipe.ema_decay
     recipe = replace(recipe, ema_decay=decay, knots=min(recipe.knots, len(rows)))
     torch.manual_seed(args.diffusion_seed)
     model = make(rows.shape[1], recipe)
+    model.starts = torch.zeros(len(rows), dtype=bool) if starts is None else starts
     model.fit_normalizer(rows, raw_columns)
+    rows = rows.repeat_interleave(repeats(rows, model.starts, recipe.rare_share), dim=0)
     x = model.to(device).normalize(rows.to(device))
     return run_training(model, x, args, settings, device, run)
 
@@ -620,41 +581,120 @@ def run_training(model, x, args, settings, device, run):
 @own_randomness
 @torch.no_grad()
 def generate(model, num_samples, seed=0, **changes):
-    """Draw rows [num_samples, dim] in raw units from a trained model. They are on the CPU. Another
-    seed gives others. `changes` are to the model's recipe, as sampler="sde", sample_steps=128."""
+    """Draw rows [num_samples, dim] in raw units from a trained model, to the CPU. `changes` are to
+    the model's recipe, as sampler="sde", sample_steps=128."""
     model = copy.deepcopy(model).eval()
     model.recipe = replace(model.recipe, **changes)
-    if num_processes > 1 and rank == 0:
-        dist.broadcast_object_list([copy.deepcopy(model).cpu(), num_samples, seed])
     default = 100_000 if model.mean.is_cuda else 2_000
     batch_size = model.recipe.sample_batch_size or default
     torch.manual_seed(seed)
-    rows = torch.zeros(num_samples, len(model.mean))
-    bar = Bar(rows.split(batch_size), f"sampling, {batch_size:,} rows at a time")
-    for i, part in enumerate(bar):
-        if i % num_processes == rank:
-            part.copy_(model.sample(len(part)))
-        else:
-            model.skip(len(part))
-    if num_processes > 1:
-        dist.all_reduce(rows)  # the parts of others are 0
+    rows = torch.empty(num_samples, len(model.mean))
+    for part in Bar(rows.split(batch_size), f"sampling, {batch_size:,} rows at a time"):
+        part.copy_(model.sample(len(part)))
     if not rows.sum().isfinite():
         raise RunError("generated rows hold NaN or Inf: the diffusion model has diverged")
     return rows
 
 
-def generate_transitions(model, real, num_samples, seed=0, **changes):
-    """`generate` rows [s, a, r, s', d] like `real` [N, dim], with terminals 0 or 1. The decision
-    tree is ours: it finds limits of s' exactly, where the model misses most rare terminals."""
-    rows = generate(model, num_samples, seed, **changes)
+def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **changes):
+    """`generate` rows [s, a, r, s', d] like those that the model learned from, `real` [N, dim], with
+    terminals 0 or 1. By the recipe's terminals, a decision tree gives d, and r, column `reward`, if
+    its values are few: it finds limits of s' exactly, where the model misses most rare terminals.
+    By its rare_share, rare rows have their share in `real`. Both are ours."""
+    recipe = replace(model.recipe, **changes)
+    surplus = repeats(real, model.starts, recipe.rare_share).double().mean().item()
+    surplus *= 1 if surplus == 1 else 1.03
+    rows = generate(model, math.ceil(surplus * num_samples), seed, **changes)
+    rows = F.pad(rows, (0, real.shape[1] - rows.shape[1]))  # the model may have no d
     rows[:, -1] = rows[:, -1] > 0.5
-    if replace(model.recipe, **changes).terminals == "classifier":
-        from sklearn.tree import DecisionTreeClassifier  # here, as it takes seconds
-
-        tree = DecisionTreeClassifier(random_state=0)
-        tree.fit(real[:, :-1].numpy(), real[:, -1].numpy() > 0.5)
-        rows[:, -1] = torch.from_numpy(tree.predict(rows[:, :-1].numpy()))
+    if recipe.terminals == "classifier":
+        targets = [real.shape[1] - 1]
+        if reward is not None and len(real[:, reward].unique()) < min(100, len(real) / 10):
+            targets.append(reward)
+        inputs = [i for i in range(real.shape[1]) if i not in targets]
+        found = predict(rows[:, inputs], real[:, inputs], real[:, targets])
+        rows[:, targets] = torch.from_numpy(found)
+    if recipe.rare_share:
+        rows = thin(rows, real, model.starts, num_samples)
     return rows
+
+
+# --- Rare rows and discrete columns ---
+
+
+def clusters(real, x):
+    """Compare values x [M] of a column with the clusters of its real values [N]: these values, if
+    they are few and repeat, else what wide gaps divide. Gives the number [M] of the nearest cluster,
+    the nearest value in it [M], and the share [C] of real rows in each; 1 if there are over 20."""
+    values, counts = np.unique(real, return_counts=True)
+    low, high = np.quantile(values, [0.25, 0.75])
+    is_discrete = len(values) <= 100 and np.median(counts) >= 5
+    gaps = np.flatnonzero(np.diff(values) > (0 if is_discrete else 3 * (high - low)))
+    begins = np.append(0, gaps + 1)
+    first = values[begins]
+    last = values[np.append(gaps, -1)]
+    number = np.searchsorted((last[:-1] + first[1:]) / 2, x)
+    share = np.add.reduceat(counts, begins) / len(real)
+    return number, x.clip(first[number], last[number]), share if len(gaps) < 20 else share**0
+
+
+def repeats(rows, starts, share):
+    """How often to train on each row [N], so that starts, and each rare cluster of a column, become
+    `share` of them: at most 40 times, and at most a tenth of all rows is repeated."""
+    extra = np.zeros(len(rows))
+    for x in [*rows.numpy().T, starts.float().numpy()] if share else []:
+        number, _, shares = clusters(x, x)
+        extra = np.maximum(extra, (share / shares - 1)[number])
+    extra = extra.clip(0, 39)
+    extra *= min(1, 0.1 / max(extra.mean(), 1e-9))
+    return torch.from_numpy(1 + extra.round().astype(int))
+
+
+def predict(rows, real, labels, **options):
+    """Labels [M, K] of rows [M, dim], by a decision tree grown on labels [N, K] of real rows."""
+    from sklearn.tree import DecisionTreeClassifier  # here, as it takes seconds
+
+    values, number = np.unique(labels.numpy(), axis=0, return_inverse=True)
+    tree = DecisionTreeClassifier(random_state=0, **options).fit(real.numpy(), number.ravel())
+    return values[tree.predict(rows.numpy())]
+
+
+def one_hot_groups(rows):
+    """Slices of columns, of which in each row one is 1 and the others are 0."""
+    is_binary = ((rows == 0) | (rows == 1)).all(0)
+    total = F.pad((is_binary * rows).cumsum(1), (1, 0))
+    groups = []
+    for i, j in itertools.combinations(range(total.shape[1]), 2):
+        if is_binary[i:j].all() and (total[:, j] - total[:, i] == 1).all():
+            groups.append(slice(i, j))
+    return groups
+
+
+@own_randomness
+def thin(rows, real, starts, num_samples):
+    """num_samples of rows [M, dim]. Discrete columns get values of real rows [N, dim]. Rare clusters
+    of a column, and states like those of starts [N], get the share that they have there."""
+    torch.manual_seed(0)
+    both = torch.cat([real, rows])
+    for group in one_hot_groups(real):
+        both[:, group] = F.one_hot(both[:, group].argmax(1), group.stop - group.start).to(both)
+    blurred = real + 0.1 * real.std(0) * torch.randn_like(real)  # as the model's errors are
+    leaf = max(1, starts.sum().item() // 2)
+    options = dict(class_weight="balanced", min_samples_leaf=leaf)
+    kind = predict(both, blurred, starts[:, None], **options)[:, 0].astype(int)
+    for x in both.numpy().T:
+        number, x[:], share = clusters(x[: len(real)], x)
+        if (share < 0.1).any():  # a number for each combination of rare clusters
+            number[share[number] >= 0.1] = -1
+            kind = np.unique(21 * kind + number, return_inverse=True)[1]
+    share = np.bincount(kind[: len(real)], minlength=kind.max() + 1) / len(real)
+    rows = both[len(real) :]
+    kind = kind[len(real) :]
+    is_over = np.zeros(len(rows), bool)
+    for k, quota in enumerate((num_samples * share).round().astype(int)):
+        is_over[np.flatnonzero(kind == k)[quota:]] = True
+    order = np.lexsort([kind != share.argmax(), is_over])  # if a kind lacks rows, common ones
+    return rows[np.sort(order[:num_samples])]
 
 
 # --- Sample quality ---
@@ -670,7 +710,7 @@ def marginal(real, synthetic):
 
 def correlation(real, synthetic):
     """1 - |rho_real - rho_synthetic| / 2, the mean over pairs of columns (Table 1). 1 is perfect.
-    Constant columns of `real` are left out. Those of `synthetic` count as uncorrelated."""
+    Columns that are constant in `real` are left out."""
     varies = (real != real[0]).any(0)
     pairs = torch.triu_indices(varies.sum(), varies.sum(), 1).unbind()
     rho_real = torch.corrcoef(real[:, varies].T).nan_to_num()[pairs]
@@ -680,7 +720,7 @@ def correlation(real, synthetic):
 
 def c2st(real, synthetic, max_rows=15_000):
     """Classifier two-sample test: the area under the ROC curve of boosted trees that tell generated
-    rows from real ones. 0.5: they cannot. NaN: too few rows."""
+    rows from real ones; 0.5 if they cannot. NaN: too few rows."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 
@@ -695,38 +735,68 @@ def c2st(real, synthetic, max_rows=15_000):
 
 
 @own_randomness
-def quality_report(real, synthetic):
-    """How close generated rows [M, dim] are to real ones [N, dim]: Table 1's numbers; c2st without
-    the last column, and c2st_real, of real rows alone; shares of terminals; nearest, the median
-    distance to a real row, which is far below nearest_real for copies."""
+def quality_report(real, synthetic, *, reward=None, others=None):
+    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
+
+    marginal, correlation, c2st: see there; the last without d. c2st_real: of real rows alone.
+    detection: c2st in the unit of SDMetrics; 1 is perfect.
+    nearest: median distance to a real row. Of copies it is far below nearest_real.
+    membership: can one tell real rows from `others` [K, dim], which the model has not seen, by their
+        distance to a generated row? Area under the ROC curve; 0.5 if not.
+    invalid: share of rows with a value that no real row has.
+    terminals, reward, ...: mean of d, of column `reward`, share of each rare cluster. Prints those
+        that are off by more than twice their error."""
+    from sklearn.metrics import roc_auc_score
+
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
     points = (real[torch.randperm(len(real))[:50_000]] - mean) / (std + 1e-5)
     new = (some - mean) / (std + 1e-5)
-    queries, others = points.tensor_split([min(1_000, len(points) // 2)])
+    queries, rest = points.tensor_split([min(1_000, len(points) // 2)])
     report = {
         "marginal": marginal(real, some),
         "correlation": correlation(real, some),
         "c2st": c2st(points[:, :-1], new[:, :-1]),
         "c2st_real": c2st(*points[:, :-1].tensor_split(2)),
-        "terminals_real": (real[:, -1] > 0.5).double().mean().item(),
-        "terminals": (some[:, -1] > 0.5).double().mean().item(),
         "nearest": torch.cdist(new[:1_000], points).amin(1).median().item(),
-        "nearest_real": torch.cdist(queries, others).amin(1).median().item(),
+        "nearest_real": torch.cdist(queries, rest).amin(1).median().item(),
     }
+    report["detection"] = 2 - 2 * max(report["c2st"], 0.5)
+    if others is not None:
+        others = (others[torch.randperm(len(others))[:1_000]] - mean) / (std + 1e-5)
+        distance = torch.cdist(torch.cat([queries, others]), new[:50_000]).amin(1)
+        report["membership"] = roc_auc_score(np.arange(len(distance)) < len(queries), -distance)
+    both = torch.cat([real, some])
+    values = {"terminals": both[:, -1] > 0.5}
+    if reward is not None:
+        values["reward"] = both[:, reward]
+    is_invalid = np.zeros(len(both), bool)
+    for i, x in enumerate(both.numpy().T):
+        number, nearest, share = clusters(x[: len(real)], x)
+        is_invalid |= x != nearest
+        for k in np.flatnonzero(share < 0.02):
+            is_in = number == k
+            values[f"column{i}={nearest[is_in].min():g}"] = torch.from_numpy(is_in)
+    report["invalid"] = is_invalid[len(real) :].mean().item()
+    for name, x in values.items():
+        real_x, new_x = x.double().tensor_split([len(real)])
+        report |= {f"{name}_real": real_x.mean().item(), name: new_x.mean().item()}
+        error = real_x.std().item() * math.sqrt(1 / len(real) + 1 / len(some))
+        off = abs(new_x.mean() - real_x.mean())
+        if off > max(2 * error, 0.02 * real_x.std()):
+            print(f"{name} is off by {off:.3g}, more than twice its error, {error:.1g}")
+    if report["marginal"] < 0.8 or report["invalid"] > 0:
+        print("poor samples: marginal < 0.8, or values that no real row has")
     return {key: round(value, 5) for key, value in report.items()}
 
 
-def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
-    """Histograms of real and generated columns (Figure 8) as a PNG; of many, an even choice. Extra
-    columns, between r and s', are named x."""
-    extra = max(0, real.shape[1] - 2 * obs_dim - act_dim - 2)
-    sizes = {"s": obs_dim, "a": act_dim, "r": 1, "x": extra, "s'": obs_dim, "d": 1}
-    names = []
-    for name, size in sizes.items():
-        names += [f"{name}[{i}]" for i in range(size)]
-    shown = np.unique(np.linspace(0, real.shape[1] - 1, max_panels).round().astype(int))
+def plot_marginals(path, real, synthetic, obs_dim, act_dim):
+    """Histograms of real and generated columns (Figure 8) as a PNG; of more than 48, an even choice.
+    Extra columns, between r and s', are named x."""
+    names = ["s"] * obs_dim + ["a"] * act_dim + ["r"]
+    names += ["x"] * (real.shape[1] - 2 * obs_dim - act_dim - 2) + ["s'"] * obs_dim + ["d"]
+    shown = np.unique(np.linspace(0, real.shape[1] - 1, 48).round().astype(int))
     fig = Figure(figsize=(16, 1 + 0.2 * len(shown)), layout="constrained")
     for i, ax in zip(shown, fig.subplots(math.ceil(len(shown) / 8), 8).flat):
         low, high = np.quantile(real[:100_000, i], [0.001, 0.999])
@@ -734,7 +804,7 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim, max_panels=48):
         for rows, color in ((real, "tab:orange"), (synthetic, "tab:blue")):
             values = rows[:100_000, i].clamp(low, high).numpy()
             ax.hist(values, bins, density=True, histtype="stepfilled", fc=color, alpha=0.6)
-        ax.set(title=names[i], yticks=[])
+        ax.set(title=f"{names[i]}, column {i}", yticks=[])
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
 
@@ -963,7 +1033,6 @@ def main(args):
     """Train on args.data, write args.num_samples new transitions to args.out. Beside OUT.npz stay
     OUT.pt, the model, and OUT.png, histograms. OUT.checkpoint lets a stopped command go on."""
     check_args(args)
-    join_processes(args.device)
     out = Path(args.out)
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise RunError(f"--out must be an .npz file in an existing folder, not {out}")

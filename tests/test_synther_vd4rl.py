@@ -23,6 +23,7 @@ from helpers import (
     plain,
     read_metrics,
     run,
+    write,
 )
 
 import edm
@@ -46,8 +47,11 @@ def make_files(folder, lengths, level="expert", per_file=1):
     }
     data["step_type"][ends - lengths] = 0
     data["step_type"][ends - 1] = 2
+    for key in ("action", "reward", "discount"):
+        data[key][ends - lengths] = math.nan  # these are never read
     folder = Path(folder) / "main/walker_walk" / level / "84px"
     folder.mkdir(parents=True)
+    (folder / "._0.hdf5").touch()  # nor is this, which some systems make
     bounds = [0, *ends[per_file - 1 : -1 : per_file], n]
     for i, (first, end) in enumerate(zip(bounds, bounds[1:])):
         with h5py.File(folder / f"part_{i:02}.hdf5", "w") as f:
@@ -93,6 +97,28 @@ def test_transitions_are_all_windows_within_episodes(tmp_path, nstep, per_file):
     assert count == len(data["row"])
 
 
+@pytest.mark.parametrize("name", ["{}", "s{:04}", "{}_of_200", "2024-{}-09_5", "{}0", "{:c}"])
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path, name):
+    """Also where they begin within an episode. Without one of them, a sentence says where it was."""
+    raw = make_files(tmp_path, np.full(10, 5), per_file=10)
+    args = filled(tmp_path)
+    (whole,) = find_files(args)
+    whole.unlink()
+    files = [whole.with_name(f"{name.format(i)}.hdf5") for i in range(97, 110)]
+    for last in (1, 2):  # without rows of the type LAST, and with them
+        raw["step_type"][4::5] = last
+        for i, path in enumerate(files):
+            write(path, {key: x[4 * i : 4 * i + 4] for key, x in raw.items()})
+        data = load(args)
+        assert torch.equal(data["frames"], torch.from_numpy(raw["observation"]))
+        assert data["start"].tolist() == np.arange(0, 50, 5).repeat(2).tolist()
+    for before, path, after in zip(files, files[1:], files[2:]):
+        path.rename(tmp_path / "away")
+        with pytest.raises(edm.RunError, match=f"not in order: .*({before}|{after})"):
+            load(args)
+        (tmp_path / "away").rename(path)
+
+
 BAD_FILES = {  # an array, and what is in its place
     "cannot read .*part_00.hdf5: .*discount": ("discount", None),
     "cannot read .*part_00.hdf5: cannot reshape": ("step_type", np.zeros(4)),
@@ -100,6 +126,9 @@ BAD_FILES = {  # an array, and what is in its place
     "cannot read .*part_00.hdf5: .*float64": ("observation", np.zeros((5, 3, 84, 84))),
     "cannot read .*part_01.hdf5: .*dimensions": ("action", np.zeros((5, 3))),
     "reward or discount of walker-walk-expert is NaN": ("reward", np.full(5, math.nan)),
+    "cannot read .*part_00.hdf5: 0 images": ("observation", np.zeros((0, 3, 84, 84), "u1")),
+    "not in order: .*part_00.hdf5, then .*part_00.hdf5": ("step_type", np.array([0, 1, 2, 1, 2])),
+    "not in order: .*part_00.hdf5, then .*part_01.hdf5": ("step_type", np.array([0, 1, 1, 1, 1])),
     "part_00.hdf5 does not begin with the first row": ("step_type", np.ones(5)),
     "cannot read .*part_00.hdf5: .*truncated": ("the file", None),
 }
@@ -385,6 +414,14 @@ def test_each_stage_is_evaluated_by_its_own_policy(tmp_path, vd4rl, algo):
     assert json.loads((folder / "args.json").read_text())["nstep"] == (3 if algo == "drqbc" else 1)
 
 
+def test_evaluation_says_what_failed():
+    env = NoiseEnv()
+    env.step = None
+    for x, message in ((math.nan, "the agent's action became NaN"), (0, "the environment failed")):
+        with pytest.raises(edm.RunError, match=message):
+            synther_vd4rl.evaluate(lambda _, x=x: torch.full((1, 6), x), env, 1, 0)
+
+
 def test_dropout_is_off_in_latents_and_evaluations(first_run):
     frozen, _ = synther_vd4rl.load_agent(first_run / "agent.pt", 6, filled())
     assert not any(module.training for module in frozen.modules())
@@ -442,6 +479,11 @@ def test_made_dataset_can_be_loaded(tmp_path):
         np.testing.assert_allclose(action, played, rtol=1e-6)
     with pytest.raises(edm.RunError, match="of seed 0 already"):
         vd4rl_data.main(vd4rl_data.Args(**options))
+    (tmp_path / "args.json").write_text('{"env": "dmc/cheetah-run"}')
+    options |= dict(env="walker-walk-expert", out=str(tmp_path / "new"), run=tmp_path)
+    with pytest.raises(edm.RunError, match="an agent of dmc/cheetah-run, not of dmc/walker-walk"):
+        vd4rl_data.main(vd4rl_data.Args(**options))
+    assert not (tmp_path / "new").exists()
 
 
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):

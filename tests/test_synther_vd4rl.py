@@ -9,22 +9,13 @@ import sys
 from pathlib import Path
 
 import h5py
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import vd4rl_data
-from helpers import (
-    assert_refused,
-    assert_same_state,
-    command,
-    copy_before_writes,
-    plain,
-    read_metrics,
-    run,
-    write,
-)
 
 import edm
 import synther_vd4rl
@@ -108,7 +99,7 @@ def test_files_are_read_in_the_order_of_their_numbers(tmp_path, name):
     for last in (1, 2):  # without rows of the type LAST, and with them
         raw["step_type"][4::5] = last
         for i, path in enumerate(files):
-            write(path, {key: x[4 * i : 4 * i + 4] for key, x in raw.items()})
+            helpers.write(path, {key: x[4 * i : 4 * i + 4] for key, x in raw.items()})
         data = load(args)
         assert torch.equal(data["frames"], torch.from_numpy(raw["observation"]))
         assert data["start"].tolist() == np.arange(0, 50, 5).repeat(2).tolist()
@@ -226,7 +217,7 @@ class PlainAgent:
         self.has_critic = agent.args.algo == "drqbc"
         nets = copy.deepcopy([agent.encoder, agent.actor_trunk, agent.critic_trunk, agent.policy])
         self.encoder, self.actor_trunk, self.critic_trunk, self.policy = nets
-        self.critics = plain(agent.critic)
+        self.critics = helpers.plain(agent.critic)
         self.trunk_target, self.targets = copy.deepcopy([self.critic_trunk, self.critics])
         actor = nn.ModuleList([self.actor_trunk, self.policy])
         critic = nn.ModuleList([self.critic_trunk, self.critics])
@@ -361,7 +352,7 @@ def vd4rl(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory, vd4rl):
-    return run(synther_vd4rl, tmp_path_factory.mktemp("runs"), dataset_path=vd4rl, **TINY)
+    return helpers.run(synther_vd4rl, tmp_path_factory.mktemp("runs"), dataset_path=vd4rl, **TINY)
 
 
 def test_run_folder_and_log(first_run):
@@ -372,7 +363,7 @@ def test_run_folder_and_log(first_run):
     keys += "diffusion/nearest_real diffusion/c2st diffusion/c2st_real train/critic_loss "
     keys += "train/actor_loss eval/return_mean eval/return_std eval/normalized_score "
     keys += "perf/updates_per_sec perf/samples_per_sec perf/seconds"
-    metrics = read_metrics(first_run)
+    metrics = helpers.read_metrics(first_run)
     assert {key for _, key in metrics} == set(keys.split())
     assert metrics[8, "eval/normalized_score"] == pytest.approx(0.6)  # of a return of 6
     assert {step for step, key in metrics if key == "train/actor_loss"} == {2, 4, 6, 8}
@@ -401,7 +392,8 @@ def acts(folder, stage, images, algo):
 @pytest.mark.parametrize("algo", ["drqbc", "bc"])
 def test_each_stage_is_evaluated_by_its_own_policy(tmp_path, vd4rl, algo):
     NoiseEnv.played.clear()
-    folder = run(synther_vd4rl, tmp_path, dataset_path=vd4rl, algo=algo, data="real", **TINY)
+    options = TINY | dict(dataset_path=vd4rl, algo=algo, data="real")
+    folder = helpers.run(synther_vd4rl, tmp_path, **options)
     assert {path.name for path in folder.iterdir()} == FILES
     assert len(NoiseEnv.played) == 5 * 2 * 3  # evaluations, episodes, steps
     starts = np.stack([images for images, _ in NoiseEnv.played[::3]])
@@ -444,7 +436,7 @@ def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data)
 
     monkeypatch.setattr(DrQBC, "update", seeing)
     options = TINY | dict(dataset_path=vd4rl, data=data, agent_path=str(first_run))
-    folder = run(synther_vd4rl, tmp_path, **options)
+    folder = helpers.run(synther_vd4rl, tmp_path, **options)
     assert (folder / "agent.pt").read_bytes() == (first_run / "agent.pt").read_bytes()
     with np.load(folder / "final_returns.npz") as f:
         assert f["updates"].tolist() == [0, 2, 4]
@@ -457,7 +449,7 @@ def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data)
     if data == "synther":
         rows = edm.pack(**edm.load_transitions(first_run / "synthetic.npz"))[:, :-1]
         states = [edm.load_torch(f / "checkpoint.pt")["agent"] for f in (folder, first_run)]
-        assert_same_state(*states)
+        helpers.assert_same_state(*states)
     for x, a, r, discount, next_x, _ in seen:
         batch = torch.cat([x, a, r[:, None], next_x], 1)
         assert (batch[:, None] == rows).all(2).any(1).all()  # each is one of the rows
@@ -491,28 +483,28 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     the same numbers. On other data it does not go on."""
     options = TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6, dataset_path=vd4rl)
     with monkeypatch.context() as patch:
-        copy_before_writes(patch, tmp_path / "killed")
-        whole = run(synther_vd4rl, tmp_path / "whole", **options)
+        helpers.copy_before_writes(patch, tmp_path / "killed")
+        whole = helpers.run(synther_vd4rl, tmp_path / "whole", **options)
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(killed) > 10 and (killed[-1] / "synthetic.npz").exists()
     assert not (killed[1] / "agent.pt").exists()
     for folder in killed[::2]:
-        command(monkeypatch, synther_vd4rl, resume=folder)
+        helpers.command(monkeypatch, synther_vd4rl, resume=folder)
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
         for name in ("checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt"):
             states = [edm.load_torch(f / name) for f in (folder, whole)]
             if name == "checkpoint.pt":
                 for state in states:
                     del state["seconds"], state["log_size"]
-            assert_same_state(*states, f"{folder.name}/{name}")
+            helpers.assert_same_state(*states, f"{folder.name}/{name}")
         logs = []
         for f in (folder, whole):  # in the same order
-            logs.append([x for x in read_metrics(f).items() if "perf/" not in x[0][1]])
+            logs.append([x for x in helpers.read_metrics(f).items() if "perf/" not in x[0][1]])
         np.testing.assert_equal(*logs)
     settings = json.loads((killed[1] / "args.json").read_text()) | dict(env="walker-walk-random")
     (killed[1] / "args.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):
-        command(monkeypatch, synther_vd4rl, resume=killed[1])
+        helpers.command(monkeypatch, synther_vd4rl, resume=killed[1])
     assert "checkpoint.pt is of other data" in capsys.readouterr().err
 
 
@@ -533,4 +525,4 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, vd4rl, 
     options = TINY | dict(dataset_path=vd4rl, eval_episodes=0)
     for key, x in BAD_COMMANDS[message].items():
         options[key] = str(x).format(run=first_run)
-    assert_refused(monkeypatch, capsys, tmp_path, synther_vd4rl, message, **options)
+    helpers.assert_refused(monkeypatch, capsys, tmp_path, synther_vd4rl, message, **options)

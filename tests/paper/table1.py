@@ -7,7 +7,7 @@ these.
 
 It needs requirements-table1.txt. All models learn from half of the data. "real" is the other half.
 "independent" draws each column for itself. "copula" is a Gaussian copula: it keeps the columns'
-distributions and the correlations of their ranks. AUC: can a classifier tell the samples from rows
+distributions and the correlations of their ranks. c2st, an AUC: can a classifier tell the samples from rows
 that no model has seen? 0.5: no. Dynamics and reward are errors against the simulator.
 """
 
@@ -28,6 +28,7 @@ import edm
 
 SMALL = dict(updates=50_000, eval_every=5_000, diffusion_steps=20_000, num_samples=100_000)
 SCALES = dict(cpu=SMALL, paper=runs.PAPER)
+QUALITY = ("marginal", "correlation", "c2st")
 MODELS = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
 
 
@@ -79,16 +80,14 @@ def from_library(rows, num_samples, name):
 
 def show(args, folder):
     """Print what is recorded of the agents, and of the samples against all rows."""
-    own = folder / "table1.jsonl"
-    path = own if own.exists() else args.out / "table1.jsonl"
-    found = {name: runs.every_seed(path, name) for name in args.models}
-    if not any(found.values()):
+    path = (folder if folder.exists() else args.out) / "table1.jsonl"
+    if not path.exists():
         raise edm.RunError(f"nothing is recorded in {path}")
-    runs.print_row("model", "marginal", "correlation", "AUC, all rows", "score", head=True)
-    for name, values in found.items():
-        if values:
-            cells = [f"{values[0][key]:.3f}" for key in ("marginal", "correlation", "c2st")]
-            runs.print_row(name, *cells, runs.summary([x["score"] for x in values]))
+    runs.print_row("model", *QUALITY, "score", head=True)
+    for name in args.models:
+        values = runs.every_seed(path, name)
+        cells = [f"{values[0][key]:.3f}" if values else "" for key in QUALITY]
+        runs.print_row(name, *cells, runs.summary([x["score"] for x in values]))
 
 
 def main(args):
@@ -130,15 +129,13 @@ def main(args):
         jobs.append(partial(runs.result, *where, **own))
     scores = [values["score"] for values in runs.at_once(args.workers, jobs)]
     scores = dict(zip(args.models, np.reshape(scores, (len(args.models), args.seeds))))
-    runs.print_row(
-        "model", "marginal", "correlation", "AUC", "dynamics", "reward", "score", head=True
-    )
+    runs.print_row("model", *QUALITY, "dynamics", "reward", "score", head=True)
     for name in args.models:
         samples = edm.load_transitions(folder / f"{name}.npz")
         others = rows[seen] if name == "real" else rows[unseen]
         quality = edm.quality_report(others, edm.pack(**samples))
         errors = dynamics_scores(args.env, {key: x[:5_000] for key, x in samples.items()})
-        cells = [f"{quality[key]:.3f}" for key in ("marginal", "correlation", "c2st")]
+        cells = [f"{quality[key]:.3f}" for key in QUALITY]
         cells += [f"{errors['dynamics']:.3f}", f"{errors['reward']:.4f}"]
         runs.print_row(name, *cells, runs.summary(scores[name]))
     runs.draw_scores(folder / "table1.png", {"TD3+BC on samples of": scores})

@@ -71,9 +71,9 @@ def main(args):
             if rng.uniform() < random_share:
                 action = rng.uniform(-1, 1, env.act_dim)
             else:
-                state = env.env.task.get_observation(env.env.physics)
-                observation = np.concatenate([np.ravel(x) for x in state.values()])
-                actions, _ = agent.actor.sample(torch.from_numpy(observation).float()[None])
+                state = env.env.task.get_observation(env.env.physics).values()
+                observation = torch.from_numpy(np.concatenate([np.ravel(x) for x in state]))
+                actions, _ = agent.actor.sample(observation.float()[None])
                 action = actions[0].numpy()
             images, reward, ended = env.step(action)
             rows.append((images[-3:], action, reward, 1.0, 2 if ended else 1))

@@ -68,7 +68,7 @@ class Args(edm.DiffusionArgs):
 
     # Agent
     algo: Literal["drqbc", "bc"] = "drqbc"  # bc: behaviour cloning, without critics
-    latent: Literal["both", "actor", "critic"] = "both"  # trunks that make the latents (Table 13)
+    latent: Literal["both", "actor", "critic"] = "both"  # trunks of the latents (Table 13)
     stage1_updates: edm.Count = 550_000  # from images (paper: half of 1.1M iterations)
     stage2_updates: edm.Count = 550_000  # of the new heads (not in the paper)
     nstep: Optional[edm.Count] = None  # steps of a return (V-D4RL's DrQ+BC: 3; paper, BC: 1)
@@ -79,11 +79,11 @@ class Args(edm.DiffusionArgs):
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: edm.Fraction = 0.01  # rate of the targets' moving average (paper)
     alpha: edm.NotNegative = 2.5  # weight of Q against behaviour cloning (paper)
-    noise_duration: edm.Count = 125_000  # updates until noise on actions falls to 0.1 (paper)
+    noise_duration: edm.Count = 125_000  # updates until action noise is 0.1 (paper)
     noise_clip: edm.NotNegative = 0.3  # limit of that noise (paper)
 
     # Evaluation
-    eval_every: edm.Count = 5_000  # updates between evaluations, each with log and checkpoint
+    eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
     eval_episodes: edm.NotNegativeInt = 10  # rendered, at each (paper); or 0
 
 
@@ -133,15 +133,12 @@ class EnsembleCritic(nn.Module):
 @torch.no_grad()
 def orthogonal_init(module):
     """DrQ-v2's initial weights: orthogonal, with gain sqrt(2) for convolutions. Biases are 0."""
-    for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(part.weight, math.sqrt(2) if isinstance(part, nn.Conv2d) else 1)
-            nn.init.zeros_(part.bias)
-        if isinstance(part, EnsembleCritic):
-            for weight, bias in zip(part.weights, part.biases):
-                for member in weight:
-                    nn.init.orthogonal_(member)
-                nn.init.zeros_(bias)
+    for name, x in module.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(x)
+        elif x.dim() > 1:  # not LayerNorm's
+            for weight in x if x.dim() == 3 else [x]:  # 3: of several critics
+                nn.init.orthogonal_(weight, math.sqrt(2) if x.dim() == 4 else 1)
 
 
 def make_trunk(feature_dim):
@@ -197,13 +194,12 @@ class DrQBC(nn.Module):
         targets = nn.ModuleList([self.critic_trunk_target, self.critic_target])
         self.target_params = list(targets.parameters())
         adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
-        encoder_params = list(self.encoder.parameters())
         self.optimizers = {}
         if self.has_critic:
-            params = encoder_params + self.critic_params
+            params = [*self.encoder.parameters(), *self.critic_params]
             self.optimizers["critic"] = torch.optim.Adam(params, **adam)
         else:
-            self.actor_params += encoder_params
+            self.actor_params += self.encoder.parameters()
         self.optimizers["actor"] = torch.optim.Adam(self.actor_params, **adam)
 
     def act(self, x):
@@ -228,9 +224,8 @@ class DrQBC(nn.Module):
     def update(self, x, a, r, discount, next_x, noise):
         """One step of encoder and critics, then of the actor, then of the targets. Returns LOSSES.
 
-        x, next_x: shifted images [batch, 9, 84, 84], or in stage 2 latents.
-        a, r, discount: [batch, act_dim], [batch], [batch].
-        noise: size of the noise on actions, a scalar tensor."""
+        x, next_x: shifted images [batch, 9, 84, 84], or in stage 2 latents. a: [batch, act_dim].
+        r, discount: [batch]. noise: size of the noise on actions, a scalar tensor."""
         h = self.encoder(x)
         critic_loss = torch.zeros((), device=h.device)
         if self.has_critic:
@@ -300,7 +295,7 @@ LEVELS |= dict(medexp="medium_expert", expert="expert")
 
 
 def find_files(args):
-    """The dataset's files, sorted. A download sets args.dataset_path. RunError if none."""
+    """The dataset's files, 2 before 10. A download sets args.dataset_path. RunError if none."""
     match = re.fullmatch(r"(walker-walk|cheetah-run)-(\w+)", args.env)
     if not match or match[2] not in LEVELS:
         known = f"walker-walk or cheetah-run, then -{', -'.join(LEVELS)}"
@@ -315,15 +310,16 @@ def find_files(args):
         except Exception as error:  # no network, ...
             message = " ".join(str(error).split())
             raise edm.RunError(f"cannot download V-D4RL (see vd4rl_data.py): {message}") from None
-    files = sorted(Path(args.dataset_path, folder).glob("*.hdf5"))
+    files = sorted(Path(args.dataset_path, folder).glob("[!.]*.hdf5"))
+    files.sort(key=lambda path: re.sub(r"\d+", lambda x: x[0].zfill(99), path.stem))
     if not files:
         raise edm.RunError(f"--dataset-path {args.dataset_path} holds no {folder}/*.hdf5")
     return files
 
 
 def read_files(files, args):
-    """The images [N, 3, 84, 84] of all episodes, one after the other, and a dict of action
-    [N, act_dim], reward, discount, step_type [N]. RunError where the files are not V-D4RL's."""
+    """The images [N, 3, 84, 84] of all episodes, one after the other, each row's file [N], and a
+    dict of action [N, act_dim], reward, discount, step_type [N]. RunError for other files."""
     columns = dict(action=[], reward=[], discount=[], step_type=[])
     counts = []
     try:
@@ -334,20 +330,38 @@ def read_files(files, args):
         for path, part in zip(edm.Bar(files, "images"), frames.split(counts)):
             with h5py.File(path) as f:
                 images = f["observation"]
-                if images.dtype != np.uint8:
-                    raise ValueError(f"its images are {images.dtype}, not uint8")
+                if images.dtype != np.uint8 or len(images) == 0:
+                    raise ValueError(f"{len(images)} images of {images.dtype}, not some of uint8")
                 images.read_direct(part.numpy())
                 for key, parts in columns.items():
                     shape = (len(part), -1) if key == "action" else len(part)
                     parts.append(f[key][:].reshape(shape).astype(np.float32))
         columns = {key: torch.from_numpy(np.concatenate(x)) for key, x in columns.items()}
-    except Exception as error:  # truncated, another layout, a missing key, ...
+    except Exception as error:  # of many kinds
         raise edm.RunError(f"cannot read {path}: {error}") from None
-    if not all(x.isfinite().all() for x in columns.values()):
-        raise edm.RunError(f"an action, reward or discount of {args.env} is NaN or Inf")
-    if columns["step_type"][0] != 0:
-        raise edm.RunError(f"{files[0]} does not begin with the first row of an episode")
-    return frames, columns
+    return frames, np.repeat(files, counts), columns
+
+
+def find_episodes(paths, step_type):
+    """The first row of each row's episode, and its end, [N] both, by the rows' files and types [N].
+    RunError where an episode is not whole. A file may go on with one if it has the next number, or
+    if this gives the episode the usual length."""
+    is_first = ~(step_type > 0)  # NaN too
+    is_last = step_type == 2
+    if not is_first[0]:
+        raise edm.RunError(f"{paths[0]} does not begin with the first row of an episode")
+    starts = np.flatnonzero(is_first)
+    lengths = np.diff(starts, append=len(paths))
+    start = np.repeat(starts, lengths)
+    length = np.repeat(lengths, lengths)
+    is_wrong = (is_first[1:] != is_last[:-1]) & is_last.any()
+    is_odd = ~is_first & (length != np.bincount(lengths).argmax())
+    is_odd[1:] &= paths[1:] != paths[:-1]
+    for i in np.flatnonzero(is_wrong | is_odd[1:]):
+        numbers = [re.findall(r"\d+", path.stem) for path in paths[i : i + 2]]
+        if is_wrong[i] or 1 not in [int(b) - int(a) for a, b in zip(*numbers)]:
+            raise edm.RunError(f"rows are missing or not in order: {paths[i]}, then {paths[i + 1]}")
+    return torch.from_numpy(start), torch.from_numpy(start + length)
 
 
 def load_dataset(files, args):
@@ -356,22 +370,20 @@ def load_dataset(files, args):
     frames [N, 3, 84, 84] uint8: all images.
     row [M]: the row of a transition's action, from image row - 1 to row - 1 + nstep.
     start [M]: the row of the first image of its episode.
-    action [M, act_dim], reward [M]: the reward is the sum of nstep discounted ones.
-    discount [M]: the factor of what comes after them."""
-    frames, columns = read_files(files, args)
+    action [M, act_dim], reward, discount [M]: of nstep discounted rewards, and what comes after."""
+    frames, paths, columns = read_files(files, args)
+    start, end = find_episodes(paths, columns["step_type"].numpy())
     n = args.nstep
-    is_first = columns["step_type"] == 0
     rows = torch.arange(len(frames))
-    starts = rows[is_first]
-    ends = torch.cat([starts[1:], torch.tensor([len(frames)])])
-    episode = is_first.cumsum(0) - 1
-    row = rows[(rows > starts[episode]) & (rows + n <= ends[episode])]
+    row = rows[(rows > start) & (rows + n <= end)]
     if len(row) == 0:
         raise edm.RunError(f"no episode of {args.env} is longer than {n} steps")
-    data = dict(frames=frames, row=row, start=starts[episode][row])
+    data = dict(frames=frames, row=row, start=start[row])
     data["action"] = columns["action"][row]
     data["reward"] = sum(args.discount**k * columns["reward"][row + k] for k in range(n))
     data["discount"] = args.discount**n * columns["discount"][row + n - 1]
+    if not all(data[key].isfinite().all() for key in ("action", "reward", "discount")):
+        raise edm.RunError(f"an action, reward or discount of {args.env} is NaN or Inf")
     return data
 
 
@@ -397,8 +409,7 @@ def shifted(data, chosen, steps):
 
 
 def draw_images(args, data):
-    """A batch from the dataset: the arguments of DrQBC.update without the noise. next_x is only
-    for critics."""
+    """A batch of the dataset: the arguments of DrQBC.update but the noise. next_x: for critics."""
     chosen = torch.randint(len(data["row"]), (args.batch_size,), device=args.device)
     x = shifted(data, chosen, 0)
     next_x = shifted(data, chosen, args.nstep) if args.algo == "drqbc" else x
@@ -432,7 +443,7 @@ def keep_freed_memory():
     """Let glibc keep freed memory for the next images: an update on a CPU takes 0.8 s, not 1.4."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
-        if libc.mallopt(-3, 2**30) == 1:  # M_MMAP_THRESHOLD; some versions refuse so much
+        if libc.mallopt(-3, 2**30) == 1:  # M_MMAP_THRESHOLD; some refuse
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -457,7 +468,7 @@ class PixelEnv:
 
     def reset(self, seed):
         self.env.task._random = np.random.RandomState(seed % 2**32)
-        self.observation = self.env.reset().observation  # of the state
+        self.env.reset()
         self.images = 3 * [self.render()]
         return np.concatenate(self.images)
 
@@ -468,7 +479,6 @@ class PixelEnv:
             reward += time_step.reward
             if time_step.last():
                 break
-        self.observation = time_step.observation
         self.images = [*self.images[1:], self.render()]
         return np.concatenate(self.images), reward, time_step.last()
 
@@ -493,11 +503,9 @@ def make_env(task):
     try:
         env = PixelEnv(task)
         env.reset(0)
-    except Exception as error:  # MuJoCo's and OpenGL's, of many kinds
-        backend = os.environ.get("MUJOCO_GL")
-        ways = "evaluation needs EGL or OSMesa; on Debian and Ubuntu libegl1 with "
-        ways += "libgl1-mesa-dri, or libosmesa6; or skip it with --eval-episodes 0"
-        raise edm.RunError(f"cannot render with MUJOCO_GL={backend}: {error} ({ways})") from None
+    except Exception as error:  # of many kinds
+        ways = "install libegl1 with libgl1-mesa-dri, or libosmesa6; or give --eval-episodes 0"
+        raise edm.RunError(f"cannot render: {error} ({ways})") from None
     return env
 
 
@@ -513,15 +521,19 @@ def make_policy(agent, frozen=None):
 # Differs from synther_td3bc.evaluate: images, and one environment
 @torch.no_grad()
 def evaluate(policy, env, episodes, seed):
-    """Returns [episodes]. Episode i is reset with seed + i. `policy` maps images [1, 9, 84, 84] to
-    actions [1, act_dim] on the CPU."""
+    """Returns [episodes], reset with seed + i. policy: [1, 9, 84, 84] -> [1, act_dim], on a CPU."""
     returns = np.zeros(episodes)
     for i in range(episodes):
         images = env.reset(seed + i)
         ended = False
         while not ended:
-            action = policy(torch.from_numpy(images)[None])[0]
-            images, reward, ended = env.step(action.numpy())
+            action = policy(torch.from_numpy(images)[None])[0].numpy()
+            if not np.isfinite(action).all():
+                raise edm.RunError("the agent's action became NaN or Inf in an evaluation")
+            try:
+                images, reward, ended = env.step(action)
+            except Exception as error:  # of many kinds
+                raise edm.RunError(f"the environment failed: {error}") from None
             returns[i] += reward
     return returns
 
@@ -608,7 +620,7 @@ def fill_args(args):
     edm.fill(args, dict(exp_name=f"synther_vd4rl-{args.algo}-{args.data}", nstep=nstep))
     edm.check_args(args)
     if args.algo == "bc" and args.latent != "both":
-        raise edm.RunError("--latent is of actor or critic, and --algo bc has no critic")
+        raise edm.RunError("--latent needs a critic, and --algo bc has no critic")
     if args.agent_path and not (Path(args.agent_path) / "agent.pt").is_file():
         raise edm.RunError(f"--agent-path {args.agent_path} holds no agent.pt of a stage 1")
 
@@ -632,18 +644,11 @@ def train_from_images(args, run, data, env):
     return (agent, [], 0) if args.agent_path else (agent, evaluations, args.stage1_updates)
 
 
-def train_heads(args, run, agent, rows, env):
-    """Stage 2: train new heads on latent transitions. Gives their evaluations."""
-    torch.manual_seed(args.seed)
-    heads = DrQBC(agent.act_dim, args, "stage2")
-    return train(args, run, heads, lambda: draw_latents(args, rows, agent.latent_dim), env, agent)
-
-
 # Differs from synther_td3bc.generate_synthetic: rows without terminals
 def generate_synthetic(args, run, agent, real):
-    """SynthER: train a diffusion model on the latent transitions, and generate new ones."""
+    """SynthER: train a diffusion model on the latent transitions, generate and save new ones."""
     make = edm.EDM
-    if args.diffusion_recipe == "paper":  # its 128 is less than the 207 columns of DrQ+BC
+    if args.diffusion_recipe == "paper":  # 128 is less than DrQ+BC's 207 columns
         make = functools.partial(edm.EDM, time_dim=256)
     model = edm.train_edm(real, args, make=make, device=args.device, run=run)
     edm.save_edm(run.folder / "diffusion.pt", model)
@@ -653,7 +658,6 @@ def generate_synthetic(args, run, agent, real):
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
     arrays = edm.unpack(F.pad(rows, (0, 1)), agent.latent_dim, agent.act_dim)  # all d are 0
     edm.save_npz(run.folder / "synthetic.npz", arrays)
-    return rows
 
 
 # Differs from synther_td3bc.agent_rows: latent transitions
@@ -662,10 +666,9 @@ def agent_rows(args, run, agent, real):
     rows = real
     if args.data == "synther":
         path = run.folder / "synthetic.npz"
-        if path.exists():  # from before a stop
-            rows = edm.pack(**edm.load_transitions(path))[:, :-1]
-        else:
-            rows = generate_synthetic(args, run, agent, real)
+        if not path.exists():
+            generate_synthetic(args, run, agent, real)
+        rows = edm.pack(**edm.load_transitions(path))[:, :-1]
         if run.saved["stage"] != "stage2":
             report = edm.quality_report(real, rows)
             del report["terminals"], report["terminals_real"]  # the last column is a feature
@@ -684,8 +687,7 @@ def train(args, run, agent, draw, env, frozen=None):
     """Train the agent of a stage. At 0, each --eval-every and the end: log, evaluate, save. Gives
     the evaluations, a list of (updates, returns).
 
-    draw: function () -> the arguments of agent.update without the noise.
-    frozen: in stage 2, the agent of stage 1."""
+    draw() gives the arguments of agent.update but the noise. frozen: for stage 2, stage 1's."""
     updates = getattr(args, f"{agent.stage}_updates")
     is_evaluated = agent.stage == "stage2" and not args.agent_path  # at 0: stage 1's end
     evaluations = []
@@ -764,9 +766,8 @@ def main(args):
     if env and env.act_dim != act_dim:
         raise edm.RunError(f"{args.env} has {env.act_dim} action dimensions, its files {act_dim}")
     if args.agent_path:
-        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # RunError if it does not fit
+        load_agent(Path(args.agent_path) / "agent.pt", act_dim, args)  # does it fit?
     edm.resolve(args, len(data["row"]), args.env, latents=True)
-
     run = Run(args, torch.cat([data["action"], data["reward"][:, None]], dim=1).numpy())
     print(f"{len(data['frames']):,} images, {len(data['row']):,} transitions")
     data = {key: x.to(args.device) for key, x in data.items()}
@@ -777,12 +778,14 @@ def main(args):
     if not latents_path.exists():  # a resumed run reads them, to have the same bits
         edm.save_torch(latents_path, extract_latents(agent, data, args))
     real = edm.load_torch(latents_path)
-    del data  # this gives back the memory of the images
-
+    del data  # to free the images' memory
     later = copy.copy(run)  # the steps in its log follow those of stage 1
     later.log = lambda step, values: run.log(offset + step, values)
     rows = agent_rows(args, later, agent, real)
-    for number, returns in train_heads(args, later, agent, rows, env):
+    torch.manual_seed(args.seed)
+    heads = DrQBC(act_dim, args, "stage2")
+    draw = functools.partial(draw_latents, args, rows, agent.latent_dim)
+    for number, returns in train(args, later, heads, draw, env, agent):
         evaluations.append((offset + number, returns))
     if evaluations:
         write_results(run, evaluations)

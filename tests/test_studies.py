@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -48,6 +50,27 @@ def test_bad_input_ends_a_study_with_one_sentence(tmp_path, monkeypatch, capsys)
         runs.launch(small_data.main, small_data.Args, "")
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: moon is none of") and err.count("\n") == 1
+
+
+SIGNALLER = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(os.environ["PYTHONPATH"]))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_stopped_study_stops_its_scripts(tmp_path, monkeypatch):
+    """And begins no other. A script finds what the study's PYTHONPATH names, after the project."""
+    (tmp_path / "script.py").write_text(SIGNALLER)
+    monkeypatch.setattr(runs, "STOPPED", [])
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    jobs = [partial(runs.run, tmp_path, name, tmp_path / "script.py") for name in "ab"]
+    with pytest.raises(SystemExit, match="2"):
+        runs.launch(lambda args: runs.at_once(1, jobs), runs.StudyArgs, "")
+    paths = f"{runs.ROOT}:{runs.ROOT}/tests/paper:{os.path.abspath('mine')}\n"
+    assert (tmp_path / "a/log.txt").read_text() == paths
 
 
 def test_results_outlive_their_runs(tmp_path):
@@ -107,13 +130,18 @@ def test_our_own_results_are_shown_without_a_run(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results"
     shutil.copytree(Path(runs.__file__).parent / "results", out)
     before = {path: path.read_text() for path in out.glob("*.jsonl")}
-    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("something is run"))
+    monkeypatch.setattr(runs.subprocess, "Popen", lambda *_, **__: pytest.fail("something is run"))
     table13.main(table13.Args(out=out))
     variations.main(variations.Args(study="table3", out=out))
     figure6.main(figure6.Args(out=out, tasks=("Hopper-v4",), methods=("sac",)))
     small_data.main(small_data.Args(out=out, data=("hopper",), sizes=(5_000,), seeds=1))
+    table1.main(table1.Args(out=out, seeds=0))
+    with pytest.raises(edm.RunError, match="pip install -r .*requirements-table1.txt"):
+        monkeypatch.setattr(table1, "find_spec", lambda _: None)
+        table1.main(table1.Args(out=out))
     shown = capsys.readouterr().out
-    lines = ("critic | 7.9 (1) | 6.3 (1)", "14.2 (1)", "239 ± 15 (3)", "28.7 ± 14.1 (5)")
+    lines = ["critic | 7.9 (1) | 6.3 (1)", "14.2 (1)", "239 ± 15 (3)", "28.7 ± 14.1 (5)"]
+    lines += ["ctgan | 0.930 | 0.940 | 1.000 | 9.3 ± 1.6 (2)"]
     assert all(f"| {line} |" in shown for line in lines)
     assert before == {path: path.read_text() for path in before}
 

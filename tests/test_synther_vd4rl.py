@@ -9,21 +9,13 @@ import sys
 from pathlib import Path
 
 import h5py
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import vd4rl_data
-from helpers import (
-    assert_refused,
-    assert_same_state,
-    command,
-    copy_before_writes,
-    plain,
-    read_metrics,
-    run,
-)
 
 import edm
 import synther_vd4rl
@@ -46,8 +38,11 @@ def make_files(folder, lengths, level="expert", per_file=1):
     }
     data["step_type"][ends - lengths] = 0
     data["step_type"][ends - 1] = 2
+    for key in ("action", "reward", "discount"):
+        data[key][ends - lengths] = math.nan  # these are never read
     folder = Path(folder) / "main/walker_walk" / level / "84px"
     folder.mkdir(parents=True)
+    (folder / "._0.hdf5").touch()  # nor is this, which some systems make
     bounds = [0, *ends[per_file - 1 : -1 : per_file], n]
     for i, (first, end) in enumerate(zip(bounds, bounds[1:])):
         with h5py.File(folder / f"part_{i:02}.hdf5", "w") as f:
@@ -93,6 +88,29 @@ def test_transitions_are_all_windows_within_episodes(tmp_path, nstep, per_file):
     assert count == len(data["row"])
 
 
+@pytest.mark.parametrize("name", ["{}", "s{:04}", "{}_of_200", "2024-{}-09_5", "{}0", "{:c}"])
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path, name):
+    """Also where they begin within an episode. Without one of them, a sentence says where it was."""
+    lengths = np.array([5] * 9 + [7 if name == "{}" else 5])
+    raw = make_files(tmp_path, lengths, per_file=10)
+    args = filled(tmp_path)
+    (whole,) = find_files(args)
+    whole.unlink()
+    files = [whole.with_name(f"{name.format(i)}.hdf5") for i in range(97, 110)]
+    for last in (1, 2):  # without rows of the type LAST, and with them
+        raw["step_type"][np.cumsum(lengths) - 1] = last
+        for i, path in enumerate(files):
+            helpers.write(path, {key: x[4 * i : 4 * i + 4] for key, x in raw.items()})
+        data = load(args)
+        assert torch.equal(data["frames"], torch.from_numpy(raw["observation"]))
+        assert data["start"].tolist() == np.arange(0, 50, 5).repeat(lengths - 3).tolist()
+    for before, path, after in zip(files, files[1:], files[2:]):
+        path.rename(tmp_path / "away")
+        with pytest.raises(edm.RunError, match=f"not in order: .*({before}|{after})"):
+            load(args)
+        (tmp_path / "away").rename(path)
+
+
 BAD_FILES = {  # an array, and what is in its place
     "cannot read .*part_00.hdf5: .*discount": ("discount", None),
     "cannot read .*part_00.hdf5: cannot reshape": ("step_type", np.zeros(4)),
@@ -100,6 +118,9 @@ BAD_FILES = {  # an array, and what is in its place
     "cannot read .*part_00.hdf5: .*float64": ("observation", np.zeros((5, 3, 84, 84))),
     "cannot read .*part_01.hdf5: .*dimensions": ("action", np.zeros((5, 3))),
     "reward or discount of walker-walk-expert is NaN": ("reward", np.full(5, math.nan)),
+    "cannot read .*part_00.hdf5: 0 images": ("observation", np.zeros((0, 3, 84, 84), "u1")),
+    "not in order: .*part_00.hdf5, then .*part_00.hdf5": ("step_type", np.array([0, 1, 2, 1, 2])),
+    "not in order: .*part_00.hdf5, then .*part_01.hdf5": ("step_type", np.array([0, 1, 1, 1, 1])),
     "part_00.hdf5 does not begin with the first row": ("step_type", np.ones(5)),
     "cannot read .*part_00.hdf5: .*truncated": ("the file", None),
 }
@@ -197,7 +218,7 @@ class PlainAgent:
         self.has_critic = agent.args.algo == "drqbc"
         nets = copy.deepcopy([agent.encoder, agent.actor_trunk, agent.critic_trunk, agent.policy])
         self.encoder, self.actor_trunk, self.critic_trunk, self.policy = nets
-        self.critics = plain(agent.critic)
+        self.critics = helpers.plain(agent.critic)
         self.trunk_target, self.targets = copy.deepcopy([self.critic_trunk, self.critics])
         actor = nn.ModuleList([self.actor_trunk, self.policy])
         critic = nn.ModuleList([self.critic_trunk, self.critics])
@@ -332,7 +353,7 @@ def vd4rl(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory, vd4rl):
-    return run(synther_vd4rl, tmp_path_factory.mktemp("runs"), dataset_path=vd4rl, **TINY)
+    return helpers.run(synther_vd4rl, tmp_path_factory.mktemp("runs"), dataset_path=vd4rl, **TINY)
 
 
 def test_run_folder_and_log(first_run):
@@ -343,7 +364,7 @@ def test_run_folder_and_log(first_run):
     keys += "diffusion/nearest_real diffusion/c2st diffusion/c2st_real train/critic_loss "
     keys += "train/actor_loss eval/return_mean eval/return_std eval/normalized_score "
     keys += "perf/updates_per_sec perf/samples_per_sec perf/seconds"
-    metrics = read_metrics(first_run)
+    metrics = helpers.read_metrics(first_run)
     assert {key for _, key in metrics} == set(keys.split())
     assert metrics[8, "eval/normalized_score"] == pytest.approx(0.6)  # of a return of 6
     assert {step for step, key in metrics if key == "train/actor_loss"} == {2, 4, 6, 8}
@@ -372,7 +393,8 @@ def acts(folder, stage, images, algo):
 @pytest.mark.parametrize("algo", ["drqbc", "bc"])
 def test_each_stage_is_evaluated_by_its_own_policy(tmp_path, vd4rl, algo):
     NoiseEnv.played.clear()
-    folder = run(synther_vd4rl, tmp_path, dataset_path=vd4rl, algo=algo, data="real", **TINY)
+    options = TINY | dict(dataset_path=vd4rl, algo=algo, data="real")
+    folder = helpers.run(synther_vd4rl, tmp_path, **options)
     assert {path.name for path in folder.iterdir()} == FILES
     assert len(NoiseEnv.played) == 5 * 2 * 3  # evaluations, episodes, steps
     starts = np.stack([images for images, _ in NoiseEnv.played[::3]])
@@ -383,6 +405,14 @@ def test_each_stage_is_evaluated_by_its_own_policy(tmp_path, vd4rl, algo):
             expected = acts(folder, stage, images, algo)
             torch.testing.assert_close(torch.from_numpy(action), expected, atol=1e-6, rtol=1e-5)
     assert json.loads((folder / "args.json").read_text())["nstep"] == (3 if algo == "drqbc" else 1)
+
+
+def test_evaluation_says_what_failed():
+    env = NoiseEnv()
+    env.step = None
+    for x, message in ((math.nan, "the agent's action became NaN"), (0, "the environment failed")):
+        with pytest.raises(edm.RunError, match=message):
+            synther_vd4rl.evaluate(lambda _, x=x: torch.full((1, 6), x), env, 1, 0)
 
 
 def test_dropout_is_off_in_latents_and_evaluations(first_run):
@@ -407,7 +437,7 @@ def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data)
 
     monkeypatch.setattr(DrQBC, "update", seeing)
     options = TINY | dict(dataset_path=vd4rl, data=data, agent_path=str(first_run))
-    folder = run(synther_vd4rl, tmp_path, **options)
+    folder = helpers.run(synther_vd4rl, tmp_path, **options)
     assert (folder / "agent.pt").read_bytes() == (first_run / "agent.pt").read_bytes()
     with np.load(folder / "final_returns.npz") as f:
         assert f["updates"].tolist() == [0, 2, 4]
@@ -420,7 +450,7 @@ def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data)
     if data == "synther":
         rows = edm.pack(**edm.load_transitions(first_run / "synthetic.npz"))[:, :-1]
         states = [edm.load_torch(f / "checkpoint.pt")["agent"] for f in (folder, first_run)]
-        assert_same_state(*states)
+        helpers.assert_same_state(*states)
     for x, a, r, discount, next_x, _ in seen:
         batch = torch.cat([x, a, r[:, None], next_x], 1)
         assert (batch[:, None] == rows).all(2).any(1).all()  # each is one of the rows
@@ -442,6 +472,11 @@ def test_made_dataset_can_be_loaded(tmp_path):
         np.testing.assert_allclose(action, played, rtol=1e-6)
     with pytest.raises(edm.RunError, match="of seed 0 already"):
         vd4rl_data.main(vd4rl_data.Args(**options))
+    (tmp_path / "args.json").write_text('{"env": "dmc/cheetah-run"}')
+    options |= dict(env="walker-walk-expert", out=str(tmp_path / "new"), run=tmp_path)
+    with pytest.raises(edm.RunError, match="an agent of dmc/cheetah-run, not of dmc/walker-walk"):
+        vd4rl_data.main(vd4rl_data.Args(**options))
+    assert not (tmp_path / "new").exists()
 
 
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
@@ -449,28 +484,28 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     the same numbers. On other data it does not go on."""
     options = TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6, dataset_path=vd4rl)
     with monkeypatch.context() as patch:
-        copy_before_writes(patch, tmp_path / "killed")
-        whole = run(synther_vd4rl, tmp_path / "whole", **options)
+        helpers.copy_before_writes(patch, tmp_path / "killed")
+        whole = helpers.run(synther_vd4rl, tmp_path / "whole", **options)
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(killed) > 10 and (killed[-1] / "synthetic.npz").exists()
     assert not (killed[1] / "agent.pt").exists()
     for folder in killed[::2]:
-        command(monkeypatch, synther_vd4rl, resume=folder)
+        helpers.command(monkeypatch, synther_vd4rl, resume=folder)
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
         for name in ("checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt"):
             states = [edm.load_torch(f / name) for f in (folder, whole)]
             if name == "checkpoint.pt":
                 for state in states:
                     del state["seconds"], state["log_size"]
-            assert_same_state(*states, f"{folder.name}/{name}")
+            helpers.assert_same_state(*states, f"{folder.name}/{name}")
         logs = []
         for f in (folder, whole):  # in the same order
-            logs.append([x for x in read_metrics(f).items() if "perf/" not in x[0][1]])
+            logs.append([x for x in helpers.read_metrics(f).items() if "perf/" not in x[0][1]])
         np.testing.assert_equal(*logs)
     settings = json.loads((killed[1] / "args.json").read_text()) | dict(env="walker-walk-random")
     (killed[1] / "args.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):
-        command(monkeypatch, synther_vd4rl, resume=killed[1])
+        helpers.command(monkeypatch, synther_vd4rl, resume=killed[1])
     assert "checkpoint.pt is of other data" in capsys.readouterr().err
 
 
@@ -491,4 +526,4 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, vd4rl, 
     options = TINY | dict(dataset_path=vd4rl, eval_episodes=0)
     for key, x in BAD_COMMANDS[message].items():
         options[key] = str(x).format(run=first_run)
-    assert_refused(monkeypatch, capsys, tmp_path, synther_vd4rl, message, **options)
+    helpers.assert_refused(monkeypatch, capsys, tmp_path, synther_vd4rl, message, **options)

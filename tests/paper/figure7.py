@@ -12,6 +12,7 @@ are 95% bootstrap intervals over seeds, by rliable (Agarwal et al. 2021).
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,8 @@ def paired_scores(args):
 
 
 def main(args):
+    if find_spec("rliable") is None:
+        raise edm.RunError("no rliable: pip install -r tests/paper/requirements-figure7.txt")
     from rliable import library, metrics  # here, so that it is not needed by the tests
 
     new, old = paired_scores(args)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 import edm  # noqa: E402
 
-PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests/paper'}"
-ENVIRON = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=PATHS)
+SCRIPTS = []  # the processes of this study
+STOPPED = []  # the signal that has stopped it
 # The size of the paper's offline experiments
 PAPER = dict(updates=1_000_000, eval_every=5_000, diffusion_steps=100_000, num_samples=5_000_000)
 TASK = dict(domain="cartpole", task="swingup")
@@ -43,12 +44,25 @@ class StudyArgs:
         self.out.mkdir(parents=True, exist_ok=True)
 
 
+def stop(number, _):
+    """A signal to a study also stops its scripts, which save. A second one ends the study at once."""
+    signal.signal(number, signal.SIG_DFL)
+    STOPPED.append(number)
+    for process in SCRIPTS:
+        process.terminate()
+    raise KeyboardInterrupt
+
+
 def launch(main, args_class, description):
     """Call main with the arguments of the command line. Bad input ends it with one sentence."""
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         main(tyro.cli(args_class, description=description))
     except (edm.RunError, OSError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        for process in SCRIPTS:
+            process.wait()
         sys.exit(2)
 
 
@@ -83,8 +97,14 @@ def run(out, name, script, **options):
             words = ["--resume", str(made.parent)]
         print(f"{name}: {script} {' '.join(words)}", flush=True)
         command = [sys.executable, ROOT / script, *words]
-        process = subprocess.run(command, cwd=out, env=ENVIRON, stdout=log, stderr=log)
-        if process.returncode != 0:
+        own = [os.path.abspath(x) for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/paper"), *own])
+        environ = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=paths)
+        process = subprocess.Popen(command, cwd=out, env=environ, stdout=log, stderr=log)
+        SCRIPTS.append(process)
+        if STOPPED:
+            process.terminate()
+        if process.wait() != 0:
             raise edm.RunError(f"{name} has failed, see {log.name}")
     return max(folder.glob("*/args.json")).parent
 

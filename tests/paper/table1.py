@@ -3,15 +3,17 @@ these.
 
     python tests/paper/table1.py --out table1                                # 2 hours on two cores
     python tests/paper/table1.py --out table1 --data walker2d.hdf5 --env Walker2d-v4
+    python tests/paper/table1.py --out tests/paper/results --seeds 0         # our own results
 
 It needs requirements-table1.txt. All models learn from half of the data. "real" is the other half.
 "independent" draws each column for itself. "copula" is a Gaussian copula: it keeps the columns'
-distributions and the correlations of their ranks. AUC: can a classifier tell the samples from rows
+distributions and the correlations of their ranks. c2st, an AUC: can a classifier tell the samples from rows
 that no model has seen? 0.5: no. Dynamics and reward are errors against the simulator.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,7 @@ import edm
 
 SMALL = dict(updates=50_000, eval_every=5_000, diffusion_steps=20_000, num_samples=100_000)
 SCALES = dict(cpu=SMALL, paper=runs.PAPER)
+QUALITY = ("marginal", "correlation", "c2st")
 MODELS = ("real", "independent", "copula", "diffusion", "tvae", "ctgan")
 
 
@@ -75,8 +78,25 @@ def from_library(rows, num_samples, name):
     return samples
 
 
+def show(args, folder):
+    """Print what is recorded of the agents, and of the samples against all rows."""
+    path = (folder if folder.exists() else args.out) / "table1.jsonl"
+    if not path.exists():
+        raise edm.RunError(f"nothing is recorded in {path}")
+    runs.print_row("model", *QUALITY, "score", head=True)
+    for name in args.models:
+        values = runs.every_seed(path, name)
+        cells = [f"{values[0][key]:.3f}" if values else "" for key in QUALITY]
+        runs.print_row(name, *cells, runs.summary([x["score"] for x in values]))
+
+
 def main(args):
     folder = args.out / f"{Path(args.data).stem}-{args.scale}{'-true' * args.true_next_obs}"
+    if args.seeds == 0:
+        return show(args, folder)
+    missing = [name for name in args.models if not (folder / f"{name}.npz").exists()]
+    if {"tvae", "ctgan"} & {*missing} and find_spec("ctgan") is None:
+        raise edm.RunError("no ctgan: pip install -r tests/paper/requirements-table1.txt")
     folder.mkdir(exist_ok=True)
     size = SCALES[args.scale]
     data = edm.load_transitions(args.data, args.true_next_obs)
@@ -94,9 +114,8 @@ def main(args):
         "tvae": partial(from_library, *given, "TVAE"),
         "ctgan": partial(from_library, *given, "CTGAN"),
     }
-    for name in args.models:
-        if not (folder / f"{name}.npz").exists():
-            edm.save_npz(folder / f"{name}.npz", edm.unpack(make[name](), obs_dim))
+    for name in missing:
+        edm.save_npz(folder / f"{name}.npz", edm.unpack(make[name](), obs_dim))
 
     options = {key: size[key] for key in ("updates", "eval_every", "num_samples")}
     options["env"] = "quickstart"
@@ -110,19 +129,16 @@ def main(args):
         jobs.append(partial(runs.result, *where, **own))
     scores = [values["score"] for values in runs.at_once(args.workers, jobs)]
     scores = dict(zip(args.models, np.reshape(scores, (len(args.models), args.seeds))))
-    runs.print_row(
-        "model", "marginal", "correlation", "AUC", "dynamics", "reward", "score", head=True
-    )
+    runs.print_row("model", *QUALITY, "dynamics", "reward", "score", head=True)
     for name in args.models:
         samples = edm.load_transitions(folder / f"{name}.npz")
         others = rows[seen] if name == "real" else rows[unseen]
         quality = edm.quality_report(others, edm.pack(**samples))
         errors = dynamics_scores(args.env, {key: x[:5_000] for key, x in samples.items()})
-        cells = [f"{quality[key]:.3f}" for key in ("marginal", "correlation", "c2st")]
+        cells = [f"{quality[key]:.3f}" for key in QUALITY]
         cells += [f"{errors['dynamics']:.3f}", f"{errors['reward']:.4f}"]
         runs.print_row(name, *cells, runs.summary(scores[name]))
-    if args.seeds:
-        runs.draw_scores(folder / "table1.png", {"TD3+BC on samples of": scores})
+    runs.draw_scores(folder / "table1.png", {"TD3+BC on samples of": scores})
 
 
 if __name__ == "__main__":

@@ -47,12 +47,13 @@ def main(args):
         raise edm.RunError(f"{args.env} needs --run, an agent that acts")
     folder = Path(args.out) / "main" / task.replace("-", "_") / synther_vd4rl.LEVELS[level] / "84px"
     if any(folder.glob(f"episode_{args.seed}_*")):
-        raise edm.RunError(
-            f"{folder} has episodes of seed {args.seed} already: give another --seed"
-        )
-    env = synther_vd4rl.make_env(task)
+        raise edm.RunError(f"{folder} has episodes of seed {args.seed} already: give another")
     if level != "random":
         run = json.loads((args.run / "args.json").read_text()) | dict(device="cpu")
+        if run.get("env") != f"dmc/{task}":
+            raise edm.RunError(f"{args.run} is an agent of {run.get('env')}, not of dmc/{task}")
+    env = synther_vd4rl.make_env(task)
+    if level != "random":
         saved = edm.load_torch(args.run / "checkpoint.pt")["agent"]
         sizes = (saved["actor.net.0.weight"].shape[1], env.act_dim)
         agent = synther_sac_online.SAC(*sizes, synther_sac_online.Args(**run))
@@ -70,8 +71,9 @@ def main(args):
             if rng.uniform() < random_share:
                 action = rng.uniform(-1, 1, env.act_dim)
             else:
-                observation = np.concatenate([np.ravel(x) for x in env.observation.values()])
-                actions, _ = agent.actor.sample(torch.from_numpy(observation).float()[None])
+                state = env.env.task.get_observation(env.env.physics).values()
+                observation = torch.from_numpy(np.concatenate([np.ravel(x) for x in state]))
+                actions, _ = agent.actor.sample(observation.float()[None])
                 action = actions[0].numpy()
             images, reward, ended = env.step(action)
             rows.append((images[-3:], action, reward, 1.0, 2 if ended else 1))

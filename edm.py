@@ -876,14 +876,14 @@ def read_minari(name):
     return {key: np.concatenate(part) for key, part in zip(KEYS, zip(*parts))}
 
 
-# `masks` are 0 in terminal rows. They and `is_terminal` count no time limits.
+# `masks` are 0 in terminal rows. Neither they nor `is_terminal` mark time limits.
 LIMITS = ("timeouts", "truncations", "truncateds", "truncated")
 FLAGS = ("masks", "is_terminal", "terminals", "dones", *LIMITS, "episode_terminals")
 
 
 def read_arrays(f, needed):
-    """The float32 arrays of an .npz, HDF5 file or dict: those needed, s' where it has them, and
-    [N] `terminals` and `timeouts`, all other ends. RunError where these cannot be had."""
+    """Arrays of an .npz, HDF5 file or dict: float32, those needed, and s' if there; bool [N],
+    `terminals`, and `timeouts`: all other ends. RunError where these cannot be had."""
     limit = np.float64(1e18)
     data = {}
     for key in (*needed, *(key for key in ("next_observations", *FLAGS) if key in f)):
@@ -898,7 +898,7 @@ def read_arrays(f, needed):
         data[key] = x if key.endswith(("observations", "actions")) else x.reshape(-1)
     shapes = {key: x.shape for key, x in data.items()}
     states = shapes["observations"]
-    is_flat = len(states) == len(shapes["actions"]) == 2 and states[1] * shapes["actions"][1] > 0
+    is_flat = len(states) == len(shapes["actions"]) == 2 and 0 not in states + shapes["actions"]
     is_even = is_flat and all(shape[0] == states[0] for shape in shapes.values())
     if not is_even or shapes.get("next_observations", states) != states:
         raise RunError(f"arrays of these shapes are not one row per transition: {shapes}")

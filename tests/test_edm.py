@@ -1,6 +1,5 @@
 """Tests of edm.py: against written-out formulas, analytic solutions, and itself after a restart."""
 
-import contextlib
 import copy
 import math
 import os
@@ -813,16 +812,19 @@ def test_terminal_rows_are_not_those_of_time_limits(tmp_path, capsys, suffix):
 
 @pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
 def test_columns_whose_changes_float32_loses_are_refused(tmp_path, suffix):
-    noise = np.random.default_rng(0).normal(size=(301, 3))
-    walk = np.cumsum(0.05 * noise, axis=0)
-    time = 1_700_000_000 + np.arange(301)[:, None] * [1, 1, 1]
+    noise = np.random.default_rng(0).normal(size=301)
+    walk = np.cumsum(0.05 * noise)
+    time = 1_700_000_000 + np.arange(301)
     good = [walk + 990, 0 * walk + 1000.3, 1000.3 + 1e-13 * noise, 1.3 + 1e-9 * noise]
-    for x in (*good, 4_649_776 + walk, 0.01 * time, time, time.astype(np.uint32)):
-        states = dict(observations=x[:-1], next_observations=x[1:])
-        path = write(tmp_path / f"data{suffix}", d4rl_rows(300) | states)
-        is_good = any(x is y for y in good)
-        match = "changes in column 0 of observations: subtract an offset"
-        with contextlib.nullcontext() if is_good else pytest.raises(RunError, match=match):
+    raw = d4rl_rows(300)
+    for columns in (good, [4_649_776 + walk], [0.01 * time], [time], [time.astype(np.uint32)]):
+        x = np.stack(columns, axis=1)
+        raw |= dict(observations=x[:-1], next_observations=x[1:])
+        path = write(tmp_path / f"data{suffix}", raw)
+        if columns is good:
+            edm.load_transitions(path)
+            continue
+        with pytest.raises(RunError, match="column 0 of observations: subtract an offset"):
             edm.load_transitions(path)
 
 
@@ -930,31 +932,24 @@ def test_arrays_are_refused_in_one_sentence_or_used_rightly(tmp_path, suffix, ke
         edm.quality_report(rows, edm.generate_transitions(model, rows, 20, sample_steps=3))
 
 
-@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
-def test_unreadable_file_ends_in_one_sentence(tmp_path, suffix):
+@pytest.mark.parametrize("suffix, last", [(".hdf5", "2000"), (".npz", "2000"), (".csv", "known")])
+def test_unreadable_file_ends_in_one_sentence(tmp_path, monkeypatch, suffix, last):
     whole = Path(write(tmp_path / f"whole{suffix}", transitions(2000))).read_bytes()
     half = {key: np.concatenate([x, 0 * x]) for key, x in transitions(2000).items()}
-    with pytest.raises(RunError, match="all rows from 2000 on are zeros"):
-        edm.load_transitions(write(tmp_path / f"half{suffix}", half))
+    half = Path(write(tmp_path / f"half{suffix}", half)).read_bytes()
     no_rows = Path(write(tmp_path / f"no_rows{suffix}", transitions(0))).read_bytes()
-    contents = [b"", whole[: len(whole) * 2 // 3], b"<html>404</html>" * 100, no_rows]
+    contents = [b"", whole[: len(whole) * 2 // 3], b"<html>404</html>" * 100, no_rows, half]
+    monkeypatch.chdir(tmp_path.parent)
+    tmp_path = Path(tmp_path.name)
     paths = [tmp_path / f"missing{suffix}", tmp_path / f"folder{suffix}"]
     paths[1].mkdir()
     for i, content in enumerate(contents):
         paths.append(tmp_path / f"{i}{suffix}")
         paths[-1].write_bytes(content)
     for path in paths:
-        with pytest.raises(RunError, match=rf"{path}[^\n]{{5,500}}\Z"):
+        with pytest.raises(RunError, match=rf"{path}[^\n]{{5,1000}}\Z") as error:
             edm.load_transitions(path)
-
-
-@pytest.mark.parametrize("name", ["x.csv", "x.pkl", "x", "x-v1"])
-def test_other_files_and_folders_are_refused(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    Path("data", name).mkdir(parents=True)
-    for path in (f"data/{name}", tmp_path / name):
-        with pytest.raises(RunError, match="known are .hdf5, .h5 and .npz files"):
-            edm.load_transitions(path)
+    assert last in str(error.value)
 
 
 @pytest.fixture

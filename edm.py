@@ -830,8 +830,7 @@ def split(rows, obs_dim, act_dim=None):
     a = rows[:, obs_dim : obs_dim + act_dim]
     r = rows[:, obs_dim + act_dim]
     next_s = rows[:, -1 - obs_dim : -1]
-    done = rows[:, -1]
-    return s, a, r, next_s, done
+    return s, a, r, next_s, rows[:, -1]
 
 
 def unpack(rows, obs_dim, act_dim=None):
@@ -894,10 +893,11 @@ def find_d4rl(name):
     raise RunError(f"cannot download {name}: {ways}")
 
 
-def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
+def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000, own_next_obs=False):
     """Transitions (s, a, r, s', d) as `d4rl.qlearning_dataset` makes them of a D4RL file's arrays.
     s' is the next row's s. The last row, and those that end an episode by its time limit, are left
-    out. Terminal rows have the next episode's first s; with true_next_obs, their own s'."""
+    out. Terminal rows have the next episode's first s; with true_next_obs, their own s'. With
+    own_next_obs all others do: no change where rows are in order."""
     terminals = raw["terminals"].reshape(-1) > 0.5
     if "timeouts" in raw:
         timeouts = raw["timeouts"].reshape(-1) > 0.5
@@ -909,42 +909,27 @@ def qlearning_dataset(raw, true_next_obs=False, max_episode_steps=1000):
             step = 1 if terminal else step + 1  # as D4RL
             step = 0 if timeouts[i] else step
     keep = np.flatnonzero(~timeouts[:-1])
-    data = {key: raw[key][keep] for key in ("observations", "actions", "rewards")}
+    data = {key: raw[key][keep] for key in KEYS[:3]}
     next_observations = raw["observations"][keep + 1]
-    ends = np.flatnonzero(terminals[keep])
-    if true_next_obs and len(ends):
+    own = np.where(terminals[keep], true_next_obs, own_next_obs)
+    if own.any():
         if "next_observations" not in raw:
             raise RunError("--true-next-obs needs `next_observations`, and this file has none")
-        next_observations[ends] = raw["next_observations"][keep[ends]]
+        next_observations[own] = raw["next_observations"][keep[own]]
     return data | dict(next_observations=next_observations, terminals=terminals[keep])
 
 
 def read_hdf5(path, true_next_obs, max_episode_steps):
     """The transitions of a file in D4RL's layout."""
     with h5py.File(path) as f:
-        keys = ["observations", "actions", "rewards", "terminals"]
-        keys += [key for key in ("next_observations", "timeouts") if key in f]
-        raw = {key: f[key][:] for key in keys}
-        others = ("truncations", "truncateds", "episode_terminals", "dones")
-        ends = {key: f[key][:].reshape(-1) > 0.5 for key in others if key in f}
-    check_arrays(raw)
-    if "timeouts" not in raw:
-        for key, own in ends.items():
-            own &= raw["terminals"] <= 0.5
-            text = f"{path} has no `timeouts`; {own.sum()} ends are taken from `{key}`"
-            print(text, file=sys.stderr)
-            if own.any():
-                raw["timeouts"] = own | raw.get("timeouts", False)
-    if "timeouts" not in raw:
+        raw = read_arrays(f, KEYS[:3])
+        episodes = np.split(raw["terminals"], np.flatnonzero(raw["terminals"]) + 1)
+        is_known = "timeouts" in f and max(map(len, episodes)) <= max_episode_steps
+    if not is_known and not raw["timeouts"].any():
+        del raw["timeouts"]
         text = f"{path} has no `timeouts`: its episodes end after {max_episode_steps} rows at most"
         print(text, file=sys.stderr)
-    data = qlearning_dataset(raw, true_next_obs, max_episode_steps)
-    if "next_observations" in raw:  # no change where rows are in order; else the file's are right
-        raw["observations"] = raw["next_observations"]
-        own = qlearning_dataset(raw, true_next_obs, max_episode_steps)["observations"]
-        goes_on = ~data["terminals"]
-        data["next_observations"][goes_on] = own[goes_on]
-    return data
+    return qlearning_dataset(raw, true_next_obs, max_episode_steps, "next_observations" in raw)
 
 
 def read_minari(name):
@@ -954,31 +939,71 @@ def read_minari(name):
     dataset = minari.load_dataset(name, download=True)
     if dataset.observation_space.shape is None:
         raise RunError(f"its observations are no arrays: {dataset.observation_space}")
-    parts = {key: [] for key in KEYS}
+    parts = []
     for episode in dataset:
-        parts["observations"].append(episode.observations[:-1])
-        parts["actions"].append(episode.actions)
-        parts["rewards"].append(episode.rewards)
-        parts["next_observations"].append(episode.observations[1:])
-        parts["terminals"].append(episode.terminations)
-    return {key: np.concatenate(part) for key, part in parts.items()}
+        s = episode.observations
+        parts.append((s[:-1], episode.actions, episode.rewards, s[1:], episode.terminations))
+    return {key: np.concatenate(part) for key, part in zip(KEYS, zip(*parts))}
 
 
-def check_arrays(data):
-    """Convert in place: float32, rewards and flags [N]. RunError unless all are finite rows."""
+# `masks` are 0 in terminal rows. Neither they nor `is_terminal` mark time limits.
+LIMITS = ("timeouts", "truncations", "truncateds", "truncated")
+FLAGS = ("masks", "is_terminal", "terminals", "dones", *LIMITS, "episode_terminals")
+
+
+def read_arrays(f, needed):
+    """Arrays of an .npz, HDF5 file or dict: float32, those needed, and s' if there; bool [N],
+    `terminals`, and `timeouts`: all other ends. RunError where these cannot be had."""
     limit = np.float64(1e18)
-    for key, x in data.items():
+    data = {}
+    for key in (*needed, *(key for key in ("next_observations", *FLAGS) if key in f)):
+        x = f[key]
+        for source in x.virtual_sources() if getattr(x, "is_virtual", False) else ():
+            path = Path(x.file.filename).parent / source.file_name  # for its own file "."
+            if not path.exists() and not os.path.exists(source.file_name):
+                raise RunError(f"its {key} are in {path}, which is gone")
+        x = np.asarray(x)
         if x.dtype.kind not in "fiub" or not ((x > -limit) & (x < limit)).all():
             raise RunError(f"{key} holds NaN, Inf or numbers beyond 1e18, or is not numeric")
-        data[key] = x.astype(np.float32, copy=False)
-        if key in ("rewards", "terminals", "timeouts"):
-            data[key] = data[key].reshape(-1)
+        data[key] = x if key.endswith(("observations", "actions")) else x.reshape(-1)
     shapes = {key: x.shape for key, x in data.items()}
     states = shapes["observations"]
-    is_flat = len(states) == len(shapes["actions"]) == 2
+    is_flat = len(states) == len(shapes["actions"]) == 2 and 0 not in states + shapes["actions"]
     is_even = is_flat and all(shape[0] == states[0] for shape in shapes.values())
     if not is_even or shapes.get("next_observations", states) != states:
         raise RunError(f"arrays of these shapes are not one row per transition: {shapes}")
+    flags = {key: (data.pop(key) > 0.5) ^ (key == "masks") for key in FLAGS if key in data}
+    check_digits("observations", data["observations"], data.get("next_observations"))
+    for key, x in data.items():
+        check_digits(key, x, x[::-1])
+        data[key] = x.astype(np.float32, copy=False)
+    used = data["observations"].any(1) | data["actions"].any(1) | (data["rewards"] != 0)
+    size = np.flatnonzero(used).max(initial=-1) + 1
+    if len(used) - size > 1 and used.sum() >= 0.99 * size:  # such rows are at the end alone
+        raise RunError(f"all rows from {size} on are zeros, as in a buffer not full: cut them off")
+    name = next(iter(flags), "")
+    limits = [flags[key] for key in LIMITS if key in flags and name in ("terminals", "dones")]
+    if name not in FLAGS[:3] and not limits:
+        raise RunError("it has no `terminals`, nor both `dones` and `timeouts`")
+    terminals = flags[name] & ~np.any(limits, axis=0)
+    timeouts = np.any(list(flags.values()), axis=0) & ~terminals
+    if flags.keys() - {"terminals", "timeouts"}:
+        print(f"{timeouts.sum()} ends are not terminal, by {', '.join(flags)}", file=sys.stderr)
+    return data | dict(terminals=terminals, timeouts=timeouts)
+
+
+def check_digits(key, x, others=None):
+    """RunError where float32 cannot hold by how much a column of x [N, dim] or [N] differs from
+    `others`, by default the next rows. Errors below 5e-7 do not count."""
+    step = len(x) // 10_000 + 1  # some rows are enough
+    others = (x[1:] if others is None else others)[::step]
+    x = x[::step][: len(others)].astype(np.float64)
+    changes = np.abs(x - others)
+    errors = np.abs(x - x.astype(np.float32))
+    is_changed = changes > 1e-14 * np.abs(x)  # not by rounding
+    is_lost = is_changed & (errors > np.maximum(0.01 * changes, 5e-7))
+    for i in np.flatnonzero(is_lost.sum(0) > 0.5 * is_changed.sum(0)):
+        raise RunError(f"float32 loses the changes in column {i} of {key}: subtract an offset")
 
 
 def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=None):
@@ -990,21 +1015,18 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
     sizes: (obs_dim, act_dim) that the transitions must have. None: any."""
     source = str(source)
     name = source.replace("-mixed-", "-medium-replay-")  # D4RL's older name
-    path = Path(source)
-    if name == "quickstart":
-        path = BUNDLED
-    elif name in D4RL:
+    path = BUNDLED if name == "quickstart" else Path(source)
+    if name in D4RL:
         path = find_d4rl(name)
+    is_id = "/" in source and source[0].isalnum() and source.rpartition("-v")[2].isdigit()
     try:
         if path.suffix in (".hdf5", ".h5"):
             data = read_hdf5(path, true_next_obs, max_episode_steps)
         elif path.suffix == ".npz":
             with np.load(path) as f:
-                data = {key: f[key] for key in KEYS}
-            check_arrays(data)
-        elif "/" in source and not path.exists():
-            data = read_minari(source)
-            check_arrays(data)
+                data = read_arrays(f, KEYS[:4])
+        elif is_id and not path.exists():
+            data = read_arrays(read_minari(source), KEYS)
         else:
             known = f".hdf5, .h5 and .npz files, Minari ids, {', '.join(D4RL)}"
             raise RunError(f"unknown dataset {source}; known are {known}")
@@ -1015,8 +1037,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
         raise RunError(f"{source} has {found} observation and action dimensions, not {sizes}")
     if len(data["rewards"]) < 2:
         raise RunError(f"{source} holds fewer than two transitions")
-    data["terminals"] = data["terminals"] > 0.5
-    return data
+    return {key: data[key] for key in KEYS}
 
 
 # --- Command line ---

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Optional
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -758,17 +759,19 @@ def test_qlearning_dataset_equals_the_loop(ends, has_timeouts, max_episode_steps
 
 
 @pytest.mark.parametrize("suffix, true_next_obs", [(".hdf5", False), (".h5", True)])
-def test_hdf5_is_loaded_as_d4rl_does(tmp_path, suffix, true_next_obs):
-    """Also with flags in columns and without what is optional."""
+def test_hdf5_is_loaded_as_d4rl_does(tmp_path, capsys, suffix, true_next_obs):
+    """Also with flags in columns and without what is optional, or where it says nothing."""
     raw = episodes(50)
     path = write(tmp_path / f"data{suffix}", raw | {"infos/qpos": np.zeros((3, 2))})
     expected = slow_qlearning_dataset(raw, true_next_obs)
     assert_same_data(edm.load_transitions(path, true_next_obs), expected)
     del raw["next_observations"], raw["timeouts"]
     columns = {key: raw[key].reshape(-1, 1) for key in ("rewards", "terminals")}
-    path = write(tmp_path / f"columns{suffix}", raw | columns)
-    data = edm.load_transitions(path, max_episode_steps=7)
-    assert_same_data(data, slow_qlearning_dataset(raw, max_episode_steps=7))
+    for flags in ({}, dict(timeouts=np.zeros(50)), dict(truncations=np.zeros((50, 1), bool))):
+        path = write(tmp_path / f"columns{suffix}", raw | columns | flags)
+        data = edm.load_transitions(path, max_episode_steps=7)
+        assert_same_data(data, slow_qlearning_dataset(raw, max_episode_steps=7))
+        assert "no `timeouts`: its episodes end after 7 rows" in capsys.readouterr().err
     with pytest.raises(RunError, match="--true-next-obs needs `next_observations`"):
         edm.load_transitions(path, true_next_obs=True)
 
@@ -783,19 +786,60 @@ def test_hdf5_in_another_order_or_without_ends_keeps_its_own_next_observations(t
         assert_same_data(data, {key: x[:-1] for key, x in rows.items()})
 
 
-@pytest.mark.parametrize("name", ["truncations", "truncateds", "episode_terminals", "dones"])
-def test_hdf5_with_ends_of_another_name(tmp_path, capsys, name):
-    raw = episodes(50)
-    raw["timeouts"] &= ~raw["terminals"]
-    expected = edm.load_transitions(write(tmp_path / "d4rl.hdf5", raw))
-    raw[name] = raw.pop("timeouts") | (raw["terminals"] & (name in ("episode_terminals", "dones")))
-    raw[name] = raw[name].astype(np.float32)[:, None]
-    assert_same_data(edm.load_transitions(write(tmp_path / "other.hdf5", raw)), expected)
-    said = capsys.readouterr().err
-    assert re.search(rf"no `timeouts`; [1-9]\d* ends are taken from `{name}`\n\Z", said)
-    raw[name][:] = 0  # says nothing
-    edm.load_transitions(write(tmp_path / "none.hdf5", raw), max_episode_steps=7)
-    assert "no `timeouts`: its episodes end after 7 rows" in capsys.readouterr().err
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_terminal_rows_are_not_those_of_time_limits(tmp_path, capsys, suffix):
+    raw = episodes(200)
+    is_limit = raw["timeouts"]
+    ends = raw["terminals"] | is_limit
+    terminals = ends & ~is_limit
+    early = is_limit & (np.arange(200) < 100)
+    expected = raw | dict(terminals=terminals)
+    if suffix == ".hdf5":
+        expected = edm.load_transitions(write(tmp_path / "d4rl.hdf5", raw))
+    files = [{"terminals": ends, name: is_limit} for name in edm.LIMITS]
+    files += [{"terminals": terminals, name: ends} for name in ("dones", "episode_terminals")]
+    files += [dict(masks=~terminals, terminals=ends), dict(terminals=ends, is_terminal=terminals)]
+    files += [dict(dones=ends, timeouts=is_limit)]
+    files += [dict(dones=ends & ~early, truncations=early, terminals=terminals)]
+    for flags in files:
+        arrays = {key: raw[key] for key in edm.KEYS[:4]}
+        arrays |= {key: x.astype(np.float32)[:, None] for key, x in flags.items()}
+        data = edm.load_transitions(write(tmp_path / f"data{suffix}", arrays))
+        assert_same_data(data, {key: expected[key] for key in edm.KEYS})
+    line = f"{is_limit.sum()} ends are not terminal, by terminals, dones, truncations"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_columns_whose_changes_float32_loses_are_refused(tmp_path, suffix):
+    noise = np.random.default_rng(0).normal(size=301)
+    walk = np.cumsum(0.05 * noise)
+    time = 1_700_000_000 + np.arange(301)
+    good = [walk + 990, 0 * walk + 1000.3, 1000.3 + 1e-13 * noise, 1.3 + 1e-9 * noise]
+    raw = d4rl_rows(300)
+    for columns in (good, [4_649_776 + walk], [0.01 * time], [time], [time.astype(np.uint32)]):
+        x = np.stack(columns, axis=1)
+        raw |= dict(observations=x[:-1], next_observations=x[1:])
+        path = write(tmp_path / f"data{suffix}", raw)
+        if columns is good:
+            edm.load_transitions(path)
+            continue
+        with pytest.raises(RunError, match="column 0 of observations: subtract an offset"):
+            edm.load_transitions(path)
+
+
+def test_virtual_hdf5_without_its_source_is_refused(tmp_path):
+    raw = transitions(50)
+    source = write(tmp_path / "source.h5", dict(x=raw.pop("observations")))
+    path = write(tmp_path / "data.hdf5", raw)
+    layout = h5py.VirtualLayout((50, 3), np.float32)
+    layout[:] = h5py.VirtualSource("source.h5", "x", (50, 3))
+    with h5py.File(path, "a") as f:
+        f.create_virtual_dataset("observations", layout)
+    assert edm.load_transitions(path)["observations"].all()
+    Path(source).unlink()
+    with pytest.raises(RunError, match=f"observations are in {source}, which is gone"):
+        edm.load_transitions(path)
 
 
 def test_every_row_of_npz_and_minari_is_loaded(tmp_path, monkeypatch):
@@ -836,6 +880,8 @@ def put_in(value):
 
 
 BAD = {
+    "no columns": lambda x: x.reshape(len(x), -1)[:, :0],
+    "least": lambda x: put_in(np.iinfo(np.int64).min)(x.astype(np.int64)),
     "NaN": put_in(np.nan),
     "Inf": put_in(-np.inf),
     "huge": put_in(np.float64(1e300)),
@@ -871,6 +917,8 @@ def test_arrays_are_refused_in_one_sentence_or_used_rightly(tmp_path, suffix, ke
         arrays = raw | {key: change(raw[key])}
         data = edm.load_transitions(write(tmp_path / f"{name}{suffix}", arrays | flags))
         arrays["terminals"] = arrays["terminals"] > 0.5
+        if suffix == ".npz":
+            arrays["terminals"] &= ~raw["timeouts"]
         if suffix == ".hdf5":  # s' is the file's, but D4RL's in terminal rows
             own = arrays | dict(observations=arrays["next_observations"])
             own = slow_qlearning_dataset(own)["observations"]
@@ -884,19 +932,24 @@ def test_arrays_are_refused_in_one_sentence_or_used_rightly(tmp_path, suffix, ke
         edm.quality_report(rows, edm.generate_transitions(model, rows, 20, sample_steps=3))
 
 
-@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
-def test_unreadable_file_ends_in_one_sentence(tmp_path, suffix):
+@pytest.mark.parametrize("suffix, last", [(".hdf5", "2000"), (".npz", "2000"), (".csv", "known")])
+def test_unreadable_file_ends_in_one_sentence(tmp_path, monkeypatch, suffix, last):
     whole = Path(write(tmp_path / f"whole{suffix}", transitions(2000))).read_bytes()
+    half = {key: np.concatenate([x, 0 * x]) for key, x in transitions(2000).items()}
+    half = Path(write(tmp_path / f"half{suffix}", half)).read_bytes()
     no_rows = Path(write(tmp_path / f"no_rows{suffix}", transitions(0))).read_bytes()
-    contents = [b"", whole[: len(whole) * 2 // 3], b"<html>404</html>" * 100, no_rows]
+    contents = [b"", whole[: len(whole) * 2 // 3], b"<html>404</html>" * 100, no_rows, half]
+    monkeypatch.chdir(tmp_path.parent)
+    tmp_path = Path(tmp_path.name)
     paths = [tmp_path / f"missing{suffix}", tmp_path / f"folder{suffix}"]
     paths[1].mkdir()
     for i, content in enumerate(contents):
         paths.append(tmp_path / f"{i}{suffix}")
         paths[-1].write_bytes(content)
     for path in paths:
-        with pytest.raises(RunError, match=rf"{path}[^\n]{{5,500}}\Z"):
+        with pytest.raises(RunError, match=rf"{path}[^\n]{{5,1000}}\Z") as error:
             edm.load_transitions(path)
+    assert last in str(error.value)
 
 
 @pytest.fixture

@@ -472,8 +472,9 @@ def load_torch(path, device="cpu"):
 
 
 def open_alone(path):
-    """A file, open to append bytes. RunError if another process has it open by this function."""
+    """A file, open to read and append bytes. RunError if another process has it open by this."""
     file = open(path, "ab+", buffering=0)
+    file.seek(0)
     try:
         os.lockf(file.fileno(), os.F_TLOCK, 0)
     except BlockingIOError:

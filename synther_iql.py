@@ -1,7 +1,7 @@
 """SynthER with IQL: train an offline agent on transitions that a diffusion model generates.
 
 Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section
-4.1, with the agent of Kostrikov et al. (2021). All but the agent is as in
+4.1, with the agent of Kostrikov et al. (2021). All else is as in
 synther_td3bc.py, which shows more commands.
 
     python synther_iql.py
@@ -41,11 +41,11 @@ class Args(edm.DiffusionArgs):
     # Experiment
     env: str = "quickstart"  # D4RL name or Minari id; with --dataset-path, Gymnasium id
     seed: edm.NotNegativeInt = 0  # of agent and evaluation
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if any
     out_dir: str = "runs"  # of run folders
     exp_name: str = "synther_iql"  # part of its name
     resume: Optional[str] = None  # run folder to go on with
-    track: bool = False  # log to Weights & Biases too
+    track: bool = False  # to Weights & Biases too
     wandb_project: str = "synther"  # for --track
     wandb_entity: Optional[str] = None  # for --track
 
@@ -59,19 +59,19 @@ class Args(edm.DiffusionArgs):
 
     # Agent
     updates: Optional[edm.Count] = None  # (paper: 1,000,000; quickstart: 40,000)
-    batch_size: edm.Count = 256  # transitions per update (paper)
-    hidden_dim: edm.Count = 256  # units per hidden layer (paper)
-    hidden_layers: edm.Count = 2  # hidden layers (paper)
+    batch_size: edm.Count = 256  # rows per update (paper)
+    hidden_dim: edm.Count = 256  # units per layer (paper)
+    hidden_layers: edm.Count = 2  # (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's (paper); the actor's falls to 0
     discount: edm.Fraction = 0.99  # gamma (paper)
     tau: Optional[edm.Fraction] = None  # rate of the targets' average (paper: 0.005)
-    expectile: Optional[edm.Fraction] = None  # of Q, for the value (paper: 0.7)
+    expectile: Optional[edm.Fraction] = None  # of Q (paper: 0.7)
     beta: Optional[edm.NotNegative] = None  # weight exp(beta * advantage) (paper: 3)
     deterministic: Optional[bool] = None  # actor (paper: some of hopper)
     normalize_reward: Optional[bool] = None  # by returns (paper: some of hopper)
 
     # Evaluation
-    eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
+    eval_every: edm.Count = 5_000  # updates per evaluation, log and checkpoint
     eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
@@ -91,7 +91,7 @@ DEFAULTS = {
 
 # Differs from synther_td3bc.Actor: Gaussian, or deterministic
 class Actor(nn.Module):
-    """A Gaussian policy with one standard deviation for all states, or a deterministic one."""
+    """A Gaussian policy with one std for all states, or a deterministic one."""
 
     def __init__(self, obs_dim, act_dim, hidden_dim, hidden_layers, max_action, deterministic):
         super().__init__()
@@ -175,7 +175,7 @@ class IQL(nn.Module):
         self.optimizers["actor"].param_groups[0]["lr"] = lr
 
     def anneal(self, number):
-        """Set the actor's learning rate for update `number`: a cosine that falls to 0."""
+        """Set the actor's learning rate for an update: a cosine that falls to 0."""
         angle = math.pi * (number - 1) / self.args.updates
         lr = 0.5 * self.args.learning_rate * (1 + math.cos(angle))
         self.optimizers["actor"].param_groups[0]["lr"].fill_(lr)
@@ -315,7 +315,7 @@ def make_env(name):
 @torch.no_grad()
 def evaluate(policy, envs, seed):
     """The return of an episode in each environment, [len(envs)], reset with seed + index, and the
-    share of successes or NaN (`success` at any step, as in Meta-World; `is_success` at the last).
+    share of successes: `success` at any step (Meta-World), `is_success` at the last. NaN: unknown.
     `policy` maps observations [n, obs_dim] to actions [n, act_dim]."""
     with edm.errors_as("the environment failed"):
         resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
@@ -348,7 +348,8 @@ def parse_args():
     if not args.resume:
         return args
     with edm.errors_as(f"{args.resume} is not a run folder"):
-        saved = Args(**json.loads(Path(args.resume, "args.json").expanduser().read_text()))
+        path = Path(args.resume).expanduser()
+        saved = Args(**json.loads((path / "args.json").read_text()))
     args = tyro.cli(Args, default=saved)
     free = "resume|out_dir|device|track|wandb|dataset|synthetic|save"
     for name, value in vars(args).items():
@@ -374,11 +375,10 @@ class Run:
             wandb.define_metric("*", step_metric="step")
             self.track = wandb.log
         text = json.dumps(vars(args), indent=2)
-        print(text)
+        print(f"{text}\nrun folder: {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True)
             (self.folder / "args.json").write_text(text)
-        print(f"run folder: {self.folder}")
         edm.on_signal("--resume", str(self.folder))
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
@@ -389,7 +389,6 @@ class Run:
             raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
         self.start_time = time.time() - self.saved["seconds"]
         self.metrics = edm.open_alone(self.folder / "metrics.csv")
-        self.metrics.seek(0)
         log = self.metrics.read(self.saved["log_size"])  # what came later is logged again
         if self.metrics.truncate(log.rfind(b"\n") + 1) == 0:
             self.metrics.write(b"step,key,value\n")
@@ -424,7 +423,7 @@ def load_real(args, envs):
     real.act_dim = data["actions"].shape[1]
     real.starts = edm.episode_starts(real.rows, real.obs_dim)
     largest = torch.from_numpy(data["actions"]).abs().amax(0)
-    real.max_action = nn.Buffer(largest.where(largest > 0, 1.0))  # so that the actor keeps it
+    real.max_action = nn.Buffer(largest.where(largest > 0, 1.0))  # the actor keeps it
     if envs:
         real.max_action = float(envs[0].action_space.high[0])
         if largest.max() > real.max_action:
@@ -489,7 +488,7 @@ def agent_rows(args, run, real, synthetic):
     run.data_hash += hashlib.sha256(rows.numpy()).hexdigest()
     if run.saved["stage"] == "agent" and run.saved["data_hash"] != run.data_hash:
         raise edm.RunError(f"{run.checkpoint} is of other samples: start a new run")
-    print(f"the agent learns from {len(rows):,} transitions ({args.data})")
+    print(f"the agent learns from {len(rows):,} transitions")
     return rows.to(args.device)
 
 
@@ -497,9 +496,9 @@ def agent_rows(args, run, real, synthetic):
 def normalize_states(actor, rows, real):
     """Standardise s and s' in place by the real s's mean and std, which the actor keeps."""
     s = edm.split(real.rows, real.obs_dim)[0]
-    std = s.std(0, unbiased=False)
+    std = s.std(0, unbiased=False) + 1e-3
     actor.obs_mean.copy_(s.mean(0))
-    actor.obs_std.copy_(torch.where(s.amin(0) == s.amax(0), 1.0, std + 1e-3))  # 1 for a constant
+    actor.obs_std.copy_(std.where(s.amin(0) < s.amax(0), 1.0))  # 1 for a constant
     s, _, _, next_s, _ = edm.split(rows, real.obs_dim)
     s.sub_(actor.obs_mean).div_(actor.obs_std)
     next_s.sub_(actor.obs_mean).div_(actor.obs_std)
@@ -536,16 +535,15 @@ def train(args, run, agent, rows, envs):
             run.log(number, values | {"perf/updates_per_sec": rate})
             loss_sums.zero_()
         if is_boundary and envs:
-            actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
-            random.seed(args.seed)  # some environments draw from the global generators
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # faster there
+            random.seed(args.seed)  # for some environments
             np.random.seed(args.seed % 2**32)
-            returns, success_rate = evaluate(actor.act, envs, args.seed)
+            returns, won = evaluate(actor.act, envs, args.seed)
             evaluations.append((number, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-            values["eval/success_rate"] = success_rate
+            values["eval/success_rate"] = won
             values["eval/normalized_score"] = normalized_score(args.env, returns.mean())
             run.log(number, values | {"perf/seconds": time.time() - run.start_time})
-            bar.set_postfix(return_mean=f"{returns.mean():.1f}", refresh=False)
         if is_boundary or bar.stop:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(stage="agent", update=number, evaluations=evaluations)
@@ -557,7 +555,7 @@ def train(args, run, agent, rows, envs):
 # Copied from synther_td3bc.write_results
 def write_results(args, run, evaluations):
     """Write and plot the evaluations, print the last one."""
-    updates, returns = map(np.array, zip(*evaluations))  # returns: [evaluations, episodes]
+    updates, returns = map(np.array, zip(*evaluations))  # [evaluations, episodes]
     scores = normalized_score(args.env, returns)
     arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
     arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # unifloral's names
@@ -565,7 +563,7 @@ def write_results(args, run, evaluations):
     values = scores if np.isfinite(scores).all() else returns
     label = "normalised score" if values is scores else "return"
     print(f"{label} {values[-1].mean():.1f} +- {values[-1].std():.1f}")
-    ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+    ax = Figure(layout="constrained").subplots()
     ax.errorbar(updates, values.mean(1), values.std(1), capsize=2)
     ax.set(xlabel="updates", ylabel=label, title=run.folder.name)
     edm.save_atomically(run.folder / "learning_curve.png", ax.figure.savefig)
@@ -586,7 +584,7 @@ def fill_args(args):
 
 
 def main(args):
-    """Real transitions -> diffusion model -> generated transitions -> agent -> scores."""
+    """As in synther_td3bc.py. Rewards may be scaled."""
     fill_args(args)
     edm.join_processes(args.device)
     envs = [make_env(args.env) for _ in range(args.eval_episodes)]

@@ -50,36 +50,36 @@ import edm
 class Args(edm.DiffusionArgs):
     # Experiment
     env: str = "Pendulum-v1"  # Gymnasium id, or dmc/domain-task
-    seed: edm.NotNegativeInt = 0  # of agent, environment, evaluation
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    out_dir: str = "runs"  # where run folders are made
-    exp_name: Optional[str] = None  # part of its name (None: synther_sac_online-ALGO)
+    seed: edm.NotNegativeInt = 0  # of all but the models
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if any
+    out_dir: str = "runs"  # of run folders
+    exp_name: Optional[str] = None  # (None: synther_sac_online-ALGO)
     resume: Optional[str] = None  # run folder to go on with
-    track: bool = False  # log to Weights & Biases too
+    track: bool = False  # to Weights & Biases too
     wandb_project: str = "synther"  # for --track
     wandb_entity: Optional[str] = None  # for --track
-    save_dataset: Optional[str] = None  # .hdf5 for the replay buffer
+    save_dataset: Optional[str] = None  # .hdf5 for all rows
 
     # Agent
     algo: Literal["sac", "redq", "synther"] = "synther"  # the others are baselines
-    synther_ratio: edm.Fraction = 0.5  # share of generated rows in a batch (paper)
-    retrain_every: Optional[edm.Count] = None  # steps between models (paper: 10,000)
-    warm_start: bool = False  # start a model from the last one's weights
+    synther_ratio: edm.Fraction = 0.5  # generated rows in a batch (paper)
+    retrain_every: Optional[edm.Count] = None  # steps per model (paper: 10,000)
+    warm_start: bool = False  # from the last model's weights
     standardize_reward: Optional[bool] = None  # (paper: yes; dmc/: no)
     total_steps: Optional[edm.Count] = None  # (paper: 100,000; dmc/: 200,000)
     learning_starts: Optional[edm.Count] = None  # steps before updates (paper: 5,000)
     utd: Optional[edm.Count] = None  # updates per step (paper: 20; sac: 1)
     num_q: Optional[edm.AtLeastTwo] = None  # critics (paper: 2; redq: 10)
-    batch_size: edm.Count = 256  # transitions per update (paper)
-    hidden_dim: edm.Count = 256  # units per hidden layer (paper)
+    batch_size: edm.Count = 256  # rows per update (paper)
+    hidden_dim: edm.Count = 256  # units per layer (paper)
     hidden_layers: edm.Count = 2  # hidden layers (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
-    tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
+    tau: edm.Fraction = 0.005  # of the targets' average (paper)
     target_entropy: Optional[float] = None  # None: minus act_dim
 
     # Evaluation
-    eval_every: Optional[edm.Count] = None  # steps between evaluations (paper: 1,000)
+    eval_every: Optional[edm.Count] = None  # steps per evaluation (paper: 1,000)
     eval_episodes: edm.NotNegativeInt = 10  # at each (paper); or 0
 
 
@@ -92,7 +92,7 @@ DEFAULTS = {
     | dict(diffusion_steps=100_000, num_samples=1_000_000, standardize_reward=True),
 }
 ALGOS = dict(sac=dict(utd=1, num_q=2), redq=dict(utd=20, num_q=10), synther=dict(utd=20, num_q=2))
-CAPACITY = 1_000_000  # rows in the replay buffer, the last ones
+CAPACITY = 1_000_000  # rows in the replay buffer
 
 # --- SAC ---
 
@@ -260,7 +260,7 @@ class DMC(gym.Env):
 
     def __init__(self, domain, task):
         choose_renderer()  # for quadruped-escape
-        from dm_control import rl, suite  # takes seconds
+        from dm_control import rl, suite
 
         self.PhysicsError = rl.control.PhysicsError
         self.dm_env = suite.load(domain, task, environment_kwargs=dict(flat_observation=True))
@@ -331,7 +331,7 @@ def make_env(name):
 @torch.no_grad()
 def evaluate(policy, envs, seed):
     """The return of an episode in each environment, [len(envs)], reset with seed + index, and the
-    share of successes or NaN (`success` at any step, as in Meta-World; `is_success` at the last).
+    share of successes: `success` at any step (Meta-World), `is_success` at the last. NaN: unknown.
     `policy` maps observations [n, obs_dim] to actions [n, act_dim]."""
     with edm.errors_as("the environment failed"):
         resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
@@ -375,7 +375,7 @@ def save_dataset(path, env, replay):
     obs_dim = env.observation_space.shape[0]
     rows = replay.rows[: replay.step].cpu().roll(-replay.step, 0)
     data = edm.unpack(rows, obs_dim)
-    space = env.env.env.action_space  # before ClipAction and RescaleAction
+    space = env.env.env.action_space  # of the environment itself
     data["actions"] = (space.low + space.high) / 2 + (space.high - space.low) / 2 * data["actions"]
     data["timeouts"] = edm.episode_starts(rows, obs_dim).roll(-1).numpy() & ~data["terminals"]
     file = io.BytesIO()
@@ -395,7 +395,8 @@ def parse_args():
     if not args.resume:
         return args
     with edm.errors_as(f"{args.resume} is not a run folder"):
-        saved = Args(**json.loads(Path(args.resume, "args.json").expanduser().read_text()))
+        path = Path(args.resume).expanduser()
+        saved = Args(**json.loads((path / "args.json").read_text()))
     args = tyro.cli(Args, default=saved)
     free = "resume|out_dir|device|track|wandb|dataset|synthetic|save"
     for name, value in vars(args).items():
@@ -421,11 +422,10 @@ class Run:
             wandb.define_metric("*", step_metric="step")
             self.track = wandb.log
         text = json.dumps(vars(args), indent=2)
-        print(text)
+        print(f"{text}\nrun folder: {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True)
             (self.folder / "args.json").write_text(text)
-        print(f"run folder: {self.folder}")
         edm.on_signal("--resume", str(self.folder))
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
@@ -436,7 +436,6 @@ class Run:
             raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
         self.start_time = time.time() - self.saved["seconds"]
         self.metrics = edm.open_alone(self.folder / "metrics.csv")
-        self.metrics.seek(0)
         log = self.metrics.read(self.saved["log_size"])  # what came later is logged again
         if self.metrics.truncate(log.rfind(b"\n") + 1) == 0:
             self.metrics.write(b"step,key,value\n")
@@ -460,7 +459,7 @@ class Run:
 @torch.no_grad()
 def act(args, env, agent, replay, obs):
     """Make an environment step and store its row. Returns the next observation."""
-    obs = np.array(obs)  # environments may reuse the array
+    obs = np.array(obs)  # it may be reused
     t = replay.step
     if t <= args.learning_starts:
         action = 2 * torch.rand(agent.act_dim, device=args.device) - 1
@@ -555,11 +554,8 @@ def train(args, run, agent, replay, env, envs):
         run.save(state | dict(replay=replay.rows[: replay.step].clone()))
 
     update = make_update(args, agent, replay, loss_sums)
-    seed = args.seed + 1_003 * replay.step
-    random.seed(seed)  # some environments draw from the global generators
-    np.random.seed(seed % 2**32)
     with edm.errors_as("the environment failed"):
-        obs, _ = env.reset(seed=seed)
+        obs, _ = env.reset(seed=args.seed + 1_003 * replay.step)
     clock = time.time()
     end = args.total_steps + 1
     bar = edm.Bar(range(first, end), args.algo, initial=first, total=end)
@@ -583,14 +579,13 @@ def train(args, run, agent, replay, env, envs):
             run.log(step, values)
             loss_sums.zero_()
         if is_boundary and envs:
-            actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
-            returns, success_rate = evaluate(actor.act, envs, args.seed + 10_000)
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # faster there
+            returns, won = evaluate(actor.act, envs, args.seed + 10_000)
             evaluations.append((step, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-            values["eval/success_rate"] = success_rate
+            values["eval/success_rate"] = won
             values["eval/normalized_score"] = normalized_score(args.env, returns.mean())
             run.log(step, values | {"perf/seconds": time.time() - run.start_time})
-            bar.set_postfix(return_mean=f"{returns.mean():.1f}", refresh=False)
         if is_boundary or bar.stop:
             save()
             clock = time.time()
@@ -600,7 +595,7 @@ def train(args, run, agent, replay, env, envs):
 # Differs from synther_td3bc.write_results: environment steps, not updates
 def write_results(args, run, evaluations):
     """Write final_returns.npz and learning_curve.png, and print the last evaluation."""
-    steps, returns = map(np.array, zip(*evaluations))  # returns: [evaluations, episodes]
+    steps, returns = map(np.array, zip(*evaluations))  # [evaluations, episodes]
     scores = normalized_score(args.env, returns)
     arrays = dict(steps=steps, returns=returns, normalized_scores=scores)
     arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # unifloral's names
@@ -608,7 +603,7 @@ def write_results(args, run, evaluations):
     values = scores if np.isfinite(scores).all() else returns
     label = "normalised score" if values is scores else "return"
     print(f"{label} {values[-1].mean():.1f} +- {values[-1].std():.1f}")
-    ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+    ax = Figure(layout="constrained").subplots()
     ax.errorbar(steps, values.mean(1), values.std(1), capsize=2)
     ax.set(xlabel="environment steps", ylabel=label, title=run.folder.name)
     edm.save_atomically(run.folder / "learning_curve.png", ax.figure.savefig)
@@ -637,15 +632,16 @@ def main(args):
     """Environment -> replay buffer -> diffusion model -> generated transitions -> agent."""
     fill_args(args)
     edm.join_processes(args.device)  # under torchrun, only the first returns
-    env = make_env(args.env)
-    envs = [make_env(args.env) for _ in range(args.eval_episodes)]
+    env, *envs = [make_env(args.env) for _ in range(1 + args.eval_episodes)]
     obs_dim = env.observation_space.shape[0]
     act_dim = env.action_space.shape[0]
     run = Run(args)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for some environments
+    np.random.seed(args.seed % 2**32)
     agent = SAC(obs_dim, act_dim, args)
-    size = (min(args.total_steps, CAPACITY), 2 * obs_dim + act_dim + 2)
-    rows = torch.zeros(size, device=args.device)
+    width = 2 * obs_dim + act_dim + 2
+    rows = torch.zeros(min(args.total_steps, CAPACITY), width, device=args.device)
     # step: environment steps so far; model_step: as many at the last diffusion model
     replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0)
     evaluations = train(args, run, agent, replay, env, envs)

@@ -536,7 +536,8 @@ def parse_args():
     if not args.resume:
         return args
     with edm.errors_as(f"{args.resume} is not a run folder"):
-        saved = Args(**json.loads(Path(args.resume, "args.json").expanduser().read_text()))
+        path = Path(args.resume).expanduser()
+        saved = Args(**json.loads((path / "args.json").read_text()))
     args = tyro.cli(Args, default=saved)
     free = "resume|out_dir|device|track|wandb|dataset|synthetic|save"
     for name, value in vars(args).items():
@@ -562,11 +563,10 @@ class Run:
             wandb.define_metric("*", step_metric="step")
             self.track = wandb.log
         text = json.dumps(vars(args), indent=2)
-        print(text)
+        print(f"{text}\nrun folder: {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True)
             (self.folder / "args.json").write_text(text)
-        print(f"run folder: {self.folder}")
         edm.on_signal("--resume", str(self.folder))
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
@@ -577,7 +577,6 @@ class Run:
             raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
         self.start_time = time.time() - self.saved["seconds"]
         self.metrics = edm.open_alone(self.folder / "metrics.csv")
-        self.metrics.seek(0)
         log = self.metrics.read(self.saved["log_size"])  # what came later is logged again
         if self.metrics.truncate(log.rfind(b"\n") + 1) == 0:
             self.metrics.write(b"step,key,value\n")

@@ -5,7 +5,10 @@ import copy
 import dataclasses
 import json
 import math
+import random
 import re
+import shutil
+import subprocess
 import sys
 import types
 import typing
@@ -169,7 +172,16 @@ class Point(gym.Env):
         return np.array([self.x, 0.5], np.float32), -abs(self.x), abs(self.x) > 1.2, False, {}
 
 
+class GlobalPoint(Point):
+    """It begins where Python's and numpy's global generators say."""
+
+    def reset(self, **options):
+        self.x = random.random() - np.random.random()
+        return np.array([self.x, 0.5], np.float32), {"success": False}
+
+
 gym.register("Point-v0", Point, max_episode_steps=20)
+gym.register("Global-v0", GlobalPoint, max_episode_steps=20)
 gym.register("antmaze-foo-v0", Point, max_episode_steps=20)  # as OGBench's
 
 
@@ -290,7 +302,7 @@ def test_actor_of_a_checkpoint_acts_as_in_the_run(tmp_path, monkeypatch, point, 
     agent = edm.load_torch(folder / "checkpoint.pt")["agent"]
     actor.load_state_dict({k[6:]: x for k, x in agent.items() if k.startswith("actor.")})
     envs = [script.make_env("Point-v0") for _ in range(2)]
-    returns = script.evaluate(actor.eval().act, envs, seed=3)
+    returns, _ = script.evaluate(actor.eval().act, envs, seed=3)
     np.testing.assert_array_equal(np.load(folder / "final_returns.npz")["final_returns"], returns)
 
 
@@ -474,6 +486,63 @@ def test_plot_that_fails_leaves_the_results(tmp_path, monkeypatch, point):
     assert (folder / "final_returns.npz").exists() and (folder / "marginals.png").exists()
 
 
+def test_ended_run_is_resumed_elsewhere(tmp_path, monkeypatch, capsys, point):
+    """With relative paths, --device auto, a log that is cut or missing. Not with other samples."""
+    monkeypatch.chdir(tmp_path)
+    paths = {key: shutil.copy(point[key], f"{key}.npz") for key in point if "path" in key}
+    folder = run(synther_td3bc, tmp_path, **TINY | point | paths | dict(updates=5))
+    log = (folder / "metrics.csv").read_bytes()
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for kept, lines in ((log, len(log.splitlines())), (log[:60], 2), (b"", 1), (b"step", 1)):
+        (folder / "metrics.csv").write_bytes(kept)
+        helpers.command(monkeypatch, synther_td3bc, resume=f"~/{folder.name}", device="auto")
+        assert (folder / "metrics.csv").read_bytes().splitlines() == log.splitlines()[:lines]
+    shutil.copy(point["dataset_path"], tmp_path / "synthetic_path.npz")
+    with pytest.raises(SystemExit):
+        helpers.command(monkeypatch, synther_td3bc, resume=folder)
+    assert "checkpoint.pt is of other samples" in capsys.readouterr().err
+
+
+def test_samples_are_of_the_data_that_the_run_has(tmp_path, monkeypatch, capsys, point):
+    """Those that came from other data are made again, where the checkpoint has been deleted."""
+    data = shutil.copy(point["dataset_path"], tmp_path / "data.npz")
+    options = TINY | point | dict(dataset_path=str(data), synthetic_path=None, updates=5)
+    folder = run(synther_td3bc, tmp_path / "runs", **options)
+    first = (folder / "synthetic.npz").read_bytes()
+    shutil.copy(point["synthetic_path"], data)
+    (folder / "checkpoint.pt").unlink()
+    helpers.command(monkeypatch, synther_td3bc, resume=folder)
+    assert (folder / "synthetic.npz").read_bytes() != first
+    (folder / "synthetic.npz").write_bytes(first)
+    with pytest.raises(SystemExit):
+        helpers.command(monkeypatch, synther_td3bc, resume=folder)
+    assert "checkpoint.pt is of other samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [synther_td3bc, synther_sac_online])
+def test_run_is_of_one_process(tmp_path, monkeypatch, capsys, point, script):
+    """Until that ends, however it does. Environments may draw from the global generators."""
+    options = dict(env="Global-v0", eval_episodes=2, device="cpu", hidden_dim=16)
+    if script is synther_td3bc:
+        options |= dict(dataset_path=point["dataset_path"], data="real", updates=5)
+    else:
+        options |= dict(algo="sac", total_steps=30, learning_starts=20, eval_every=10)
+    folders = [run(script, tmp_path, **options) for _ in range(2)]
+    assert_same_arrays(*[folder / "final_returns.npz" for folder in folders])
+    path = folders[0] / "metrics.csv"
+    code = f"import edm; file = edm.open_alone({str(path)!r}); print(flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    root = Path(edm.__file__).parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit):
+            helpers.command(monkeypatch, script, resume=folders[0])
+        assert f"{path} is in use by another process" in capsys.readouterr().err
+        other.kill()
+    helpers.command(monkeypatch, script, resume=folders[0])
+
+
 LAST_CHECK = "--data mixed needs 1000 rows, and .*/few.npz has 99"  # nothing is made before it
 BAD_COMMANDS = {
     "(unknown dataset|cannot make the environment) walker3d": dict(env="walker3d-medium-v2"),
@@ -489,6 +558,7 @@ BAD_COMMANDS = {
     "--updates cannot be 0": dict(updates=0),
     "--eval-episodes cannot be -1": dict(eval_episodes=-1),
     "--seed cannot be -1": dict(seed=-1),
+    "--diffusion-seed cannot be 9223372036854775808": dict(diffusion_seed=2**63),
     "no use with --data real": dict(data="real", synthetic_path="data.npz"),
     "other.npz has .4, 1. observation": dict(synthetic_path="other.npz"),
     LAST_CHECK: dict(data="mixed", synthetic_path="few.npz"),

@@ -1,7 +1,6 @@
 """Tests of synther_sac_online.py: agent, environments, replay buffer, whole and stopped runs."""
 
 import copy
-import itertools
 import json
 import math
 import re
@@ -47,10 +46,8 @@ class Toy(gym.Env):
         return self.position, np.array([-distance]), distance > self.limit, np.False_, info
 
 
-def broken():
-    """Its fifth reward is NaN."""
-    calls = itertools.count()
-    return gym.wrappers.TransformReward(Toy(), lambda r: math.nan if next(calls) > 3 else r)
+def broken(rewards=(0.0, 0.0, 0.0, 0.0, math.nan)):
+    return gym.wrappers.TransformReward(Toy(), lambda r, left=iter(rewards): next(left))
 
 
 ENVS = {

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -45,6 +46,16 @@ if not torch.cuda.is_available():
 
 class RunError(Exception):
     """The run cannot go on. The message is one sentence for the user."""
+
+
+@contextlib.contextmanager
+def errors_as(what):
+    """Errors of any kind become a RunError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{what}: {error} ({type(error).__name__})"
+        raise RunError(" ".join(message.split())) from None
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ RECIPES = {"paper": Recipe(), "fast": Recipe(**FAST)}  # by --diffusion-recipe
 WIDE = ("halfcheetah-medium-expert-v2", "hopper-medium-v2", "hopper-medium-expert-v2")
 # Types of arguments with limits, which `check_args` checks. Other numbers may have any value.
 Count = Annotated[int, lambda n: n >= 1]
-NotNegativeInt = Annotated[int, lambda n: n >= 0]
+NotNegativeInt = Annotated[int, lambda n: 0 <= n < 2**63]  # as torch's seeds
 AtLeastTwo = Annotated[int, lambda n: n >= 2]
 Positive = Annotated[float, lambda x: 0 < x < math.inf]
 NotNegative = Annotated[float, lambda x: 0 <= x < math.inf]
@@ -144,11 +155,14 @@ def resolve(args, num_rows, dataset="", latents=False):
 
 
 def check_args(args):
-    """Replace --device auto, and ~ in paths. RunError for a number that its type does not allow."""
+    """Replace --device auto, ~ in paths, and relative paths of files, for a --resume elsewhere.
+    RunError for a number that its type does not allow."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         if isinstance(value, str):
-            setattr(args, name, os.path.expanduser(value))
+            value = os.path.expanduser(value)
+            is_file = name.endswith("_path") and os.path.exists(value)  # not a dataset's name
+            setattr(args, name, os.path.abspath(value) if is_file else value)
         for kind in (hint, *get_args(hint)):  # the type, or what Optional wraps
             limits = getattr(kind, "__metadata__", [])
             if value is not None and not all(allows(value) for allows in limits):
@@ -379,7 +393,7 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
 class Bar(tqdm):
     """A progress bar. Where the output is no terminal, a line every half minute."""
 
-    tty = sys.stderr.isatty()
+    tty = sys.stderr is not None and sys.stderr.isatty()
     stop = None  # or what to say when a signal has ended the loop
 
     def __init__(self, *args, **kwargs):
@@ -387,9 +401,10 @@ class Bar(tqdm):
         super().__init__(*args, mininterval=interval, maxinterval=30, **kwargs)
 
     def display(self, *args, **kwargs):
-        if self.tty:
-            return super().display(*args, **kwargs)
-        print(self, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the reader has gone
+            if self.tty:
+                return super().display(*args, **kwargs)
+            print(self, file=sys.stderr, flush=True)
 
     def __iter__(self):
         for item in super().__iter__():
@@ -398,11 +413,12 @@ class Bar(tqdm):
                 sys.exit(Bar.stop)
 
 
-def on_signal(message):
-    """From now on, after Ctrl-C or SIGTERM a Bar ends its step, which may save, and exits."""
+def on_signal(*words):
+    """From now on, after Ctrl-C or SIGTERM a Bar ends its step, which may save, and exits. `words`
+    of the command line go on with the run."""
 
     def stop(number, _):
-        Bar.stop = message
+        Bar.stop = f"stopped: go on with {shlex.join(['python', sys.argv[0], *words])}"
         signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
     signal.signal(signal.SIGINT, stop)
@@ -433,10 +449,25 @@ def save_npz(path, arrays):
 
 def load_torch(path, device="cpu"):
     """What `save_torch` wrote. RunError where the file cannot be read."""
+    with errors_as(f"cannot read {path}, and if it is damaged, delete it"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+    own = (torch.cuda if device == "cuda" else torch).get_rng_state()
+    if "rng" in saved and len(saved["rng"]) != len(own):  # of another kind of device
+        saved["rng"] = own
+    return saved
+
+
+def open_alone(path):
+    """A file, open to read and append bytes. RunError if another process has it open by this."""
+    file = open(path, "ab+", buffering=0)
+    file.seek(0)
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception:
-        raise RunError(f"cannot read {path}: if it is damaged, delete it") from None
+        os.lockf(file.fileno(), os.F_TLOCK, 0)
+    except BlockingIOError:
+        raise RunError(f"{path} is in use by another process") from None
+    except (AttributeError, OSError):  # Windows and some file systems have no locks
+        pass
+    return file
 
 
 def save_edm(path, model):
@@ -526,7 +557,7 @@ def run_training(model, x, args, settings, device, run):
     lr = torch.tensor(0.0, device=device)  # CUDA graphs read it anew
     on_gpu = device == "cuda"
     rng = torch.cuda if on_gpu else torch
-    optimizer = torch.optim.Adam(params, lr, recipe.betas, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(params, lr, recipe.betas, fused=True, capturable=True)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     loss_sum = torch.zeros((), device=device)
     first = 0
@@ -1068,7 +1099,8 @@ def main(args):
     sizes = (data["observations"].shape[1], data["actions"].shape[1])
     real = pack(**data)
     resolve(args, len(real), args.data)
-    on_signal("stopped: the same command goes on")
+    on_signal(*sys.argv[1:])
+    own = open_alone(out.with_suffix(".lock"))
     options = dict(starts=episode_starts(real, sizes[0]), raw_columns=[-1], device=args.device)
     model = train_edm(real, args, run=run, **options)
     save_edm(out.with_suffix(".pt"), model)
@@ -1077,6 +1109,7 @@ def main(args):
     print("sample quality:", quality_report(real, rows))
     plot_marginals(out.with_suffix(".png"), real, rows, *sizes)
     checkpoint.unlink()
+    os.unlink(own.name)
     print(f"{len(rows)} transitions in {out}")
 
 

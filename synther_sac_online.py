@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -49,36 +50,36 @@ import edm
 class Args(edm.DiffusionArgs):
     # Experiment
     env: str = "Pendulum-v1"  # Gymnasium id, or dmc/domain-task
-    seed: edm.NotNegativeInt = 0  # of agent, environment, evaluation
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    out_dir: str = "runs"  # where run folders are made
-    exp_name: Optional[str] = None  # part of its name (None: synther_sac_online-ALGO)
+    seed: edm.NotNegativeInt = 0  # of all but the models
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if any
+    out_dir: str = "runs"  # of run folders
+    exp_name: Optional[str] = None  # (None: synther_sac_online-ALGO)
     resume: Optional[str] = None  # run folder to go on with
-    track: bool = False  # log to Weights & Biases too
+    track: bool = False  # to Weights & Biases too
     wandb_project: str = "synther"  # for --track
     wandb_entity: Optional[str] = None  # for --track
-    save_dataset: Optional[str] = None  # .hdf5 for the replay buffer
+    save_dataset: Optional[str] = None  # .hdf5 for all rows
 
     # Agent
     algo: Literal["sac", "redq", "synther"] = "synther"  # the others are baselines
-    synther_ratio: edm.Fraction = 0.5  # share of generated rows in a batch (paper)
-    retrain_every: Optional[edm.Count] = None  # steps between models (paper: 10,000)
-    warm_start: bool = False  # start a model from the last one's weights
+    synther_ratio: edm.Fraction = 0.5  # generated rows in a batch (paper)
+    retrain_every: Optional[edm.Count] = None  # steps per model (paper: 10,000)
+    warm_start: bool = False  # from the last model's weights
     standardize_reward: Optional[bool] = None  # (paper: yes; dmc/: no)
     total_steps: Optional[edm.Count] = None  # (paper: 100,000; dmc/: 200,000)
     learning_starts: Optional[edm.Count] = None  # steps before updates (paper: 5,000)
     utd: Optional[edm.Count] = None  # updates per step (paper: 20; sac: 1)
     num_q: Optional[edm.AtLeastTwo] = None  # critics (paper: 2; redq: 10)
-    batch_size: edm.Count = 256  # transitions per update (paper)
-    hidden_dim: edm.Count = 256  # units per hidden layer (paper)
+    batch_size: edm.Count = 256  # rows per update (paper)
+    hidden_dim: edm.Count = 256  # units per layer (paper)
     hidden_layers: edm.Count = 2  # hidden layers (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
-    tau: edm.Fraction = 0.005  # rate of the targets' moving average (paper)
+    tau: edm.Fraction = 0.005  # of the targets' average (paper)
     target_entropy: Optional[float] = None  # None: minus act_dim
 
     # Evaluation
-    eval_every: Optional[edm.Count] = None  # steps between evaluations (paper: 1,000)
+    eval_every: Optional[edm.Count] = None  # steps per evaluation (paper: 1,000)
     eval_episodes: edm.NotNegativeInt = 10  # at each (paper); or 0
 
 
@@ -91,7 +92,7 @@ DEFAULTS = {
     | dict(diffusion_steps=100_000, num_samples=1_000_000, standardize_reward=True),
 }
 ALGOS = dict(sac=dict(utd=1, num_q=2), redq=dict(utd=20, num_q=10), synther=dict(utd=20, num_q=2))
-CAPACITY = 1_000_000  # rows in the replay buffer, the last ones
+CAPACITY = 1_000_000  # rows in the replay buffer
 
 # --- SAC ---
 
@@ -175,7 +176,7 @@ class SAC(nn.Module):
         self.actor_params = [*self.actor.parameters(), self.log_alpha]
         self.critic_params = list(self.critic.parameters())
         self.target_params = list(self.critic_target.parameters())
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
+        adam = dict(lr=args.learning_rate, fused=True, capturable=True)
         self.optimizers = {
             "actor": torch.optim.Adam(self.actor_params, **adam),
             "critic": torch.optim.Adam(self.critic_params, **adam),
@@ -259,7 +260,7 @@ class DMC(gym.Env):
 
     def __init__(self, domain, task):
         choose_renderer()  # for quadruped-escape
-        from dm_control import rl, suite  # takes seconds
+        from dm_control import rl, suite
 
         self.PhysicsError = rl.control.PhysicsError
         self.dm_env = suite.load(domain, task, environment_kwargs=dict(flat_observation=True))
@@ -300,7 +301,7 @@ def choose_renderer():
 # Differs from synther_td3bc.make_env: DeepMind Control, and actions rescaled to [-1, 1]
 def make_env(name):
     """The environment of a Gymnasium id or dmc/domain-task. RunError if it fails."""
-    try:
+    with edm.errors_as(f"cannot make the environment {name}"):
         if name.startswith("dmc/"):
             env = gym.wrappers.TimeLimit(DMC(*name[4:].split("-", 1)), 1_000)
         else:
@@ -309,11 +310,12 @@ def make_env(name):
             if env.spec.max_episode_steps is None:
                 print(f"{name} has no time limit: its episodes end after 1,000 steps")
                 env = gym.wrappers.TimeLimit(env, 1_000)
+        if re.search("Norm[^<]*(Obs|Rew)", str(env)) or env.has_wrapper_attr("obs_rms"):
+            raise ValueError(f"{env} changes its statistics in each episode")
         env.reset(seed=0)
-        env.step(env.action_space.sample())
-    except Exception as error:  # of any kind
-        message = " ".join(str(error).split())
-        raise edm.RunError(f"cannot make the environment {name}: {message}") from None
+        reward = np.asarray(env.step(env.action_space.sample())[1])
+        if reward.size != 1 or not np.isfinite(reward):
+            raise ValueError(f"its reward is {reward}, not a number")
     states = env.observation_space
     actions = env.action_space
     is_flat = all(len(space.shape or ()) == 1 for space in (states, actions))
@@ -328,11 +330,14 @@ def make_env(name):
 # Copied from synther_td3bc.evaluate
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """The return of an episode in each environment, [len(envs)], reset with seed + index. `policy`
-    maps observations [n, obs_dim] to actions [n, act_dim]."""
-    resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    obs = np.stack(resets, dtype=np.float32)
+    """The return of an episode in each environment, [len(envs)], reset with seed + index, and the
+    share of successes: `success` at any step (Meta-World), `is_success` at the last. NaN: unknown.
+    `policy` maps observations [n, obs_dim] to actions [n, act_dim]."""
+    with edm.errors_as("the environment failed"):
+        resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+        obs = np.stack(resets, dtype=np.float32)
     returns = np.zeros(len(envs))
+    won = np.full(len(envs), np.nan)
     running = list(range(len(envs)))
     while running:
         actions = policy(torch.from_numpy(obs[running])).numpy()
@@ -340,11 +345,13 @@ def evaluate(policy, envs, seed):
             what = "the agent's action" if np.isfinite(obs).all() else "an observation"
             raise edm.RunError(f"{what} became NaN or Inf in an evaluation")
         for i, action in zip(tuple(running), actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += np.asarray(reward).item()
+            with edm.errors_as("the environment failed"):
+                obs[i], reward, terminated, truncated, info = envs[i].step(action)
+                returns[i] += np.asarray(reward).item()
+                won[i] = info.get("is_success", np.fmax(won[i], info.get("success", np.nan)))
             if terminated or truncated:
                 running.remove(i)
-    return returns
+    return returns, won.mean()
 
 
 # --- Replay buffer ---
@@ -368,7 +375,7 @@ def save_dataset(path, env, replay):
     obs_dim = env.observation_space.shape[0]
     rows = replay.rows[: replay.step].cpu().roll(-replay.step, 0)
     data = edm.unpack(rows, obs_dim)
-    space = env.env.env.action_space  # before ClipAction and RescaleAction
+    space = env.env.env.action_space  # of the environment itself
     data["actions"] = (space.low + space.high) / 2 + (space.high - space.low) / 2 * data["actions"]
     data["timeouts"] = edm.episode_starts(rows, obs_dim).roll(-1).numpy() & ~data["terminals"]
     file = io.BytesIO()
@@ -381,20 +388,20 @@ def save_dataset(path, env, replay):
 # --- Run folder ---
 
 
-# Differs from synther_td3bc.parse_args: another --save-dataset can be given
+# Copied from synther_td3bc.parse_args
 def parse_args():
     """The command line's arguments; with --resume, those of that run."""
     args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        try:
-            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise edm.RunError(f"{args.resume} is not a run folder: {error}") from None
-        args = tyro.cli(Args, default=saved)
-        free = ("resume", "track", "wandb_project", "wandb_entity", "save_dataset")
-        for name, value in vars(args).items():
-            if name not in free and value != getattr(saved, name):
-                raise edm.RunError(f"{args.resume} was started with another {name}")
+    if not args.resume:
+        return args
+    with edm.errors_as(f"{args.resume} is not a run folder"):
+        path = Path(args.resume).expanduser()
+        saved = Args(**json.loads((path / "args.json").read_text()))
+    args = tyro.cli(Args, default=saved)
+    free = "resume|out_dir|device|track|wandb|dataset|synthetic|save"
+    for name, value in vars(args).items():
+        if not re.match(free, name) and value != getattr(saved, name):
+            raise edm.RunError(f"{args.resume} was started with another {name}")
     return args
 
 
@@ -405,44 +412,40 @@ class Run:
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
         self.folder = Path(args.resume or Path(args.out_dir) / re.sub(r"[^\w.-]", "-", name))
-        self.wandb = None
+        self.track = lambda values: None
         if args.track:
             import wandb
 
-            self.wandb = wandb
             where = dict(project=args.wandb_project, entity=args.wandb_entity, dir=args.out_dir)
-            try:
+            with edm.errors_as("--track"):
                 wandb.init(**where, id=self.folder.name, config=vars(args), resume="allow")
-            except wandb.Error as error:
-                raise edm.RunError(f"--track: {error}") from None
             wandb.define_metric("*", step_metric="step")
+            self.track = wandb.log
         text = json.dumps(vars(args), indent=2)
-        print(text)
+        print(f"{text}\nrun folder: {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True)
             (self.folder / "args.json").write_text(text)
-        print(f"run folder: {self.folder}")
-        edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {self.folder}")
+        edm.on_signal("--resume", str(self.folder))
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
         if self.checkpoint.exists():
             self.saved = edm.load_torch(self.checkpoint, args.device)
         self.data_hash = hashlib.sha256(data).hexdigest()
-        if self.saved.get("data_hash", self.data_hash) != self.data_hash:
+        if not self.saved.get("data_hash", self.data_hash).startswith(self.data_hash):
             raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
         self.start_time = time.time() - self.saved["seconds"]
-        self.metrics = open(self.folder / "metrics.csv", "a+", buffering=1)
-        self.metrics.truncate(self.saved["log_size"])  # what came later is logged again
-        if self.saved["log_size"] == 0:
-            self.metrics.write("step,key,value\n")
+        self.metrics = edm.open_alone(self.folder / "metrics.csv")
+        log = self.metrics.read(self.saved["log_size"])  # what came later is logged again
+        if self.metrics.truncate(log.rfind(b"\n") + 1) == 0:
+            self.metrics.write(b"step,key,value\n")
 
     def log(self, step, values):
-        """values: {key: number}. step: of training the diffusion model, or the agent."""
-        for key, value in values.items():
-            self.metrics.write(f"{step},{key},{float(value)}\n")
-        if self.wandb:
-            with contextlib.suppress(Exception):  # it may fail
-                self.wandb.log(values | {"step": step})
+        """values: {key: number}, NaN if unknown. step: of the diffusion model, or the agent."""
+        lines = [f"{step},{key},{float(x)}\n" for key, x in values.items() if x == x]
+        self.metrics.write("".join(lines).encode())
+        with contextlib.suppress(Exception):  # it may fail
+            self.track(values | {"step": step})
 
     def save(self, state):
         """Write the checkpoint: `state`, a dict, and where log and clock are."""
@@ -456,7 +459,7 @@ class Run:
 @torch.no_grad()
 def act(args, env, agent, replay, obs):
     """Make an environment step and store its row. Returns the next observation."""
-    obs = np.array(obs)  # environments may reuse the array
+    obs = np.array(obs)  # it may be reused
     t = replay.step
     if t <= args.learning_starts:
         action = 2 * torch.rand(agent.act_dim, device=args.device) - 1
@@ -467,14 +470,17 @@ def act(args, env, agent, replay, obs):
     if not np.isfinite(action).all():
         what = "the agent's action" if np.isfinite(obs).all() else "an observation"
         raise edm.RunError(f"{what} became NaN or Inf at step {t}")
-    next_obs, reward, terminated, truncated, _ = env.step(action)
-    # A fall on the very step of the time limit is terminal too. In the official code it is not.
-    row = np.concatenate([obs, action, np.ravel(reward), next_obs, [terminated]], dtype=np.float32)
+    with edm.errors_as("the environment failed"):
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        # A fall on the very step of the time limit is terminal too. In the official code it is not.
+        row = np.hstack([obs, action, reward, next_obs, terminated], dtype=np.float32)
+        if terminated or truncated:
+            next_obs, _ = env.reset()
     if not np.isfinite(row).all():
         raise edm.RunError(f"{args.env} gave NaN or Inf at step {t}")
     replay.rows[t % len(replay.rows)] = torch.from_numpy(row).to(args.device)
     replay.step += 1
-    return env.reset()[0] if terminated or truncated else next_obs
+    return next_obs
 
 
 def retrain(args, run, agent, replay, save):
@@ -496,7 +502,7 @@ def retrain(args, run, agent, replay, save):
     raw_columns = [] if is_dmc else [-1]
     if not args.standardize_reward:
         raw_columns.append(agent.obs_dim + agent.act_dim)
-    seed = (args.seed + args.diffusion_seed) * 1_000_003 + replay.step
+    seed = ((args.seed + args.diffusion_seed) * 1_000_003 + replay.step) % 2**63
     values = {}
     quiet = copy.copy(edm.NO_RUN)
     quiet.log = lambda step, loss: values.update(loss)
@@ -512,8 +518,6 @@ def retrain(args, run, agent, replay, save):
     edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, agent.obs_dim))
     report = edm.quality_report(real, rows)
     print("sample quality:", report)
-    if report["marginal"] < 0.8:
-        print("marginal < 0.8: poor samples")
     run.log(replay.step, values | {f"diffusion/{key}": x for key, x in report.items()})
     replay.synthetic = rows.to(args.device)
     replay.model_step = replay.step
@@ -550,7 +554,8 @@ def train(args, run, agent, replay, env, envs):
         run.save(state | dict(replay=replay.rows[: replay.step].clone()))
 
     update = make_update(args, agent, replay, loss_sums)
-    obs, _ = env.reset(seed=args.seed + 1_003 * replay.step)
+    with edm.errors_as("the environment failed"):
+        obs, _ = env.reset(seed=args.seed + 1_003 * replay.step)
     clock = time.time()
     end = args.total_steps + 1
     bar = edm.Bar(range(first, end), args.algo, initial=first, total=end)
@@ -574,15 +579,13 @@ def train(args, run, agent, replay, env, envs):
             run.log(step, values)
             loss_sums.zero_()
         if is_boundary and envs:
-            actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
-            returns = evaluate(actor.act, envs, args.seed + 10_000)
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # faster there
+            returns, won = evaluate(actor.act, envs, args.seed + 10_000)
             evaluations.append((step, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-            score = normalized_score(args.env, returns.mean())
-            if math.isfinite(score):
-                values["eval/normalized_score"] = score
+            values["eval/success_rate"] = won
+            values["eval/normalized_score"] = normalized_score(args.env, returns.mean())
             run.log(step, values | {"perf/seconds": time.time() - run.start_time})
-            bar.set_postfix(return_mean=f"{returns.mean():.1f}", refresh=False)
         if is_boundary or bar.stop:
             save()
             clock = time.time()
@@ -592,21 +595,18 @@ def train(args, run, agent, replay, env, envs):
 # Differs from synther_td3bc.write_results: environment steps, not updates
 def write_results(args, run, evaluations):
     """Write final_returns.npz and learning_curve.png, and print the last evaluation."""
-    steps = np.array([step for step, _ in evaluations])
-    returns = np.array([returns for _, returns in evaluations])  # [evaluations, episodes]
+    steps, returns = map(np.array, zip(*evaluations))  # [evaluations, episodes]
     scores = normalized_score(args.env, returns)
     arrays = dict(steps=steps, returns=returns, normalized_scores=scores)
     arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # unifloral's names
     edm.save_npz(run.folder / "final_returns.npz", arrays)
-    has_score = np.isfinite(scores).all()
-    values = scores if has_score else returns
-    label = "normalised score" if has_score else "return"
+    values = scores if np.isfinite(scores).all() else returns
+    label = "normalised score" if values is scores else "return"
     print(f"{label} {values[-1].mean():.1f} +- {values[-1].std():.1f}")
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
+    ax = Figure(layout="constrained").subplots()
     ax.errorbar(steps, values.mean(1), values.std(1), capsize=2)
     ax.set(xlabel="environment steps", ylabel=label, title=run.folder.name)
-    edm.save_atomically(run.folder / "learning_curve.png", fig.savefig)
+    edm.save_atomically(run.folder / "learning_curve.png", ax.figure.savefig)
 
 
 # Differs from synther_td3bc.fill_args: values by --algo, and other limits
@@ -632,15 +632,16 @@ def main(args):
     """Environment -> replay buffer -> diffusion model -> generated transitions -> agent."""
     fill_args(args)
     edm.join_processes(args.device)  # under torchrun, only the first returns
-    env = make_env(args.env)
-    envs = [make_env(args.env) for _ in range(args.eval_episodes)]
+    env, *envs = [make_env(args.env) for _ in range(1 + args.eval_episodes)]
     obs_dim = env.observation_space.shape[0]
     act_dim = env.action_space.shape[0]
     run = Run(args)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for some environments
+    np.random.seed(args.seed % 2**32)
     agent = SAC(obs_dim, act_dim, args)
-    size = (min(args.total_steps, CAPACITY), 2 * obs_dim + act_dim + 2)
-    rows = torch.zeros(size, device=args.device)
+    width = 2 * obs_dim + act_dim + 2
+    rows = torch.zeros(min(args.total_steps, CAPACITY), width, device=args.device)
     # step: environment steps so far; model_step: as many at the last diffusion model
     replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0)
     evaluations = train(args, run, agent, replay, env, envs)

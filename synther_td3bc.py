@@ -19,6 +19,7 @@ import copy
 import hashlib
 import json
 import math
+import random
 import re
 import sys
 import time
@@ -45,11 +46,11 @@ class Args(edm.DiffusionArgs):
     # Experiment
     env: str = "quickstart"  # D4RL name or Minari id; with --dataset-path, Gymnasium id
     seed: edm.NotNegativeInt = 0  # of agent and evaluation
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    out_dir: str = "runs"  # where run folders are made
-    exp_name: str = "synther_td3bc"  # part of the run folder's name
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if any
+    out_dir: str = "runs"  # of run folders
+    exp_name: str = "synther_td3bc"  # part of its name
     resume: Optional[str] = None  # run folder to go on with
-    track: bool = False  # log to Weights & Biases too
+    track: bool = False  # to Weights & Biases too
     wandb_project: str = "synther"  # for --track
     wandb_entity: Optional[str] = None  # for --track
 
@@ -57,14 +58,14 @@ class Args(edm.DiffusionArgs):
     data: Literal["synther", "real", "mixed"] = "synther"  # for the agent; mixed: 1:1
     dataset_path: Optional[str] = None  # real transitions: .npz, or HDF5 as D4RL's
     synthetic_path: Optional[str] = None  # synthetic.npz of an earlier run
-    subsample: Optional[edm.Positive] = None  # rows to keep: a fraction, or a number above 1
+    subsample: Optional[edm.Positive] = None  # rows kept: a fraction, or a number above 1
     true_next_obs: bool = False  # HDF5: terminal rows keep the file's s'
     augment: Literal["none", "additive", "multiplicative", "dynamics"] = "none"  # of states
 
     # Agent
-    updates: Optional[edm.Count] = None  # of the agent (paper: 1,000,000; quickstart: 50,000)
+    updates: Optional[edm.Count] = None  # (paper: 1,000,000; quickstart: 50,000)
     batch_size: edm.Count = 256  # transitions per update (paper)
-    hidden_dim: edm.Count = 256  # units per hidden layer (paper)
+    hidden_dim: edm.Count = 256  # units per layer (paper)
     hidden_layers: edm.Count = 2  # hidden layers (paper)
     learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
@@ -75,7 +76,7 @@ class Args(edm.DiffusionArgs):
     alpha: edm.NotNegative = 2.5  # weight of Q against behaviour cloning (paper)
 
     # Evaluation
-    eval_every: edm.Count = 5_000  # updates between evaluations, logs and checkpoints
+    eval_every: edm.Count = 5_000  # updates per evaluation, log and checkpoint
     eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
@@ -156,7 +157,7 @@ class TD3BC(nn.Module):
         self.actor_params = list(self.actor.parameters())
         self.critic_params = list(self.critic.parameters())
         self.target_params = [*self.actor_target.parameters(), *self.critic_target.parameters()]
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
+        adam = dict(lr=args.learning_rate, fused=True, capturable=True)
         self.optimizers = {
             "actor": torch.optim.Adam(self.actor_params, **adam),
             "critic": torch.optim.Adam(self.critic_params, **adam),
@@ -261,7 +262,7 @@ def make_env(name):
     maze = f"tests.paper.mazes:{name}"  # Gymnasium imports what is before the colon
     ids = dict(quickstart="HalfCheetah-v4", halfcheetah="HalfCheetah-v4", hopper="Hopper-v4")
     ids |= dict(walker2d="Walker2d-v4", maze2d=maze, antmaze=maze)
-    try:
+    with edm.errors_as(f"cannot make the environment {name}"):
         if "/" in name:
             import minari
 
@@ -272,11 +273,12 @@ def make_env(name):
         if env.spec.max_episode_steps is None:
             print(f"{name} has no time limit: its episodes end after 1,000 steps")
             env = gym.wrappers.TimeLimit(env, 1_000)
+        if re.search("Norm[^<]*(Obs|Rew)", str(env)) or env.has_wrapper_attr("obs_rms"):
+            raise ValueError(f"{env} changes its statistics in each episode")
         env.reset(seed=0)
-        env.step(env.action_space.sample())
-    except Exception as error:  # of any kind
-        message = " ".join(str(error).split())
-        raise edm.RunError(f"cannot make the environment {name}: {message}") from None
+        reward = np.asarray(env.step(env.action_space.sample())[1])
+        if reward.size != 1 or not np.isfinite(reward):
+            raise ValueError(f"its reward is {reward}, not a number")
     spaces = (env.observation_space, env.action_space)
     bounds = [0]
     if all(len(space.shape or ()) == 1 for space in spaces) and spaces[1].dtype.kind == "f":
@@ -289,11 +291,14 @@ def make_env(name):
 
 @torch.no_grad()
 def evaluate(policy, envs, seed):
-    """The return of an episode in each environment, [len(envs)], reset with seed + index. `policy`
-    maps observations [n, obs_dim] to actions [n, act_dim]."""
-    resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    obs = np.stack(resets, dtype=np.float32)
+    """The return of an episode in each environment, [len(envs)], reset with seed + index, and the
+    share of successes: `success` at any step (Meta-World), `is_success` at the last. NaN: unknown.
+    `policy` maps observations [n, obs_dim] to actions [n, act_dim]."""
+    with edm.errors_as("the environment failed"):
+        resets = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+        obs = np.stack(resets, dtype=np.float32)
     returns = np.zeros(len(envs))
+    won = np.full(len(envs), np.nan)
     running = list(range(len(envs)))
     while running:
         actions = policy(torch.from_numpy(obs[running])).numpy()
@@ -301,11 +306,13 @@ def evaluate(policy, envs, seed):
             what = "the agent's action" if np.isfinite(obs).all() else "an observation"
             raise edm.RunError(f"{what} became NaN or Inf in an evaluation")
         for i, action in zip(tuple(running), actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += np.asarray(reward).item()
+            with edm.errors_as("the environment failed"):
+                obs[i], reward, terminated, truncated, info = envs[i].step(action)
+                returns[i] += np.asarray(reward).item()
+                won[i] = info.get("is_success", np.fmax(won[i], info.get("success", np.nan)))
             if terminated or truncated:
                 running.remove(i)
-    return returns
+    return returns, won.mean()
 
 
 # --- Run folder ---
@@ -314,16 +321,16 @@ def evaluate(policy, envs, seed):
 def parse_args():
     """The command line's arguments; with --resume, those of that run."""
     args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        try:
-            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise edm.RunError(f"{args.resume} is not a run folder: {error}") from None
-        args = tyro.cli(Args, default=saved)
-        free = ("resume", "track", "wandb_project", "wandb_entity")
-        for name, value in vars(args).items():
-            if name not in free and value != getattr(saved, name):
-                raise edm.RunError(f"{args.resume} was started with another {name}")
+    if not args.resume:
+        return args
+    with edm.errors_as(f"{args.resume} is not a run folder"):
+        path = Path(args.resume).expanduser()
+        saved = Args(**json.loads((path / "args.json").read_text()))
+    args = tyro.cli(Args, default=saved)
+    free = "resume|out_dir|device|track|wandb|dataset|synthetic|save"
+    for name, value in vars(args).items():
+        if not re.match(free, name) and value != getattr(saved, name):
+            raise edm.RunError(f"{args.resume} was started with another {name}")
     return args
 
 
@@ -333,44 +340,40 @@ class Run:
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
         self.folder = Path(args.resume or Path(args.out_dir) / re.sub(r"[^\w.-]", "-", name))
-        self.wandb = None
+        self.track = lambda values: None
         if args.track:
             import wandb
 
-            self.wandb = wandb
             where = dict(project=args.wandb_project, entity=args.wandb_entity, dir=args.out_dir)
-            try:
+            with edm.errors_as("--track"):
                 wandb.init(**where, id=self.folder.name, config=vars(args), resume="allow")
-            except wandb.Error as error:
-                raise edm.RunError(f"--track: {error}") from None
             wandb.define_metric("*", step_metric="step")
+            self.track = wandb.log
         text = json.dumps(vars(args), indent=2)
-        print(text)
+        print(f"{text}\nrun folder: {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True)
             (self.folder / "args.json").write_text(text)
-        print(f"run folder: {self.folder}")
-        edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {self.folder}")
+        edm.on_signal("--resume", str(self.folder))
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
         if self.checkpoint.exists():
             self.saved = edm.load_torch(self.checkpoint, args.device)
         self.data_hash = hashlib.sha256(data).hexdigest()
-        if self.saved.get("data_hash", self.data_hash) != self.data_hash:
+        if not self.saved.get("data_hash", self.data_hash).startswith(self.data_hash):
             raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
         self.start_time = time.time() - self.saved["seconds"]
-        self.metrics = open(self.folder / "metrics.csv", "a+", buffering=1)
-        self.metrics.truncate(self.saved["log_size"])  # what came later is logged again
-        if self.saved["log_size"] == 0:
-            self.metrics.write("step,key,value\n")
+        self.metrics = edm.open_alone(self.folder / "metrics.csv")
+        log = self.metrics.read(self.saved["log_size"])  # what came later is logged again
+        if self.metrics.truncate(log.rfind(b"\n") + 1) == 0:
+            self.metrics.write(b"step,key,value\n")
 
     def log(self, step, values):
-        """values: {key: number}. step: of training the diffusion model, or the agent."""
-        for key, value in values.items():
-            self.metrics.write(f"{step},{key},{float(value)}\n")
-        if self.wandb:
-            with contextlib.suppress(Exception):  # it may fail
-                self.wandb.log(values | {"step": step})
+        """values: {key: number}, NaN if unknown. step: of the diffusion model, or the agent."""
+        lines = [f"{step},{key},{float(x)}\n" for key, x in values.items() if x == x]
+        self.metrics.write("".join(lines).encode())
+        with contextlib.suppress(Exception):  # it may fail
+            self.track(values | {"step": step})
 
     def save(self, state):
         """Write the checkpoint: `state`, a dict, and where log and clock are."""
@@ -382,24 +385,23 @@ class Run:
 
 
 def load_real(args, envs):
-    """real: rows [N, dim], starts (`episode_starts`), obs_dim, act_dim, and max_action."""
+    """real: rows [N, dim], starts (`episode_starts`), obs_dim, act_dim, max_action."""
     sizes = None
-    time_limit = 1_000
+    limit = 1_000
     if envs:
         sizes = envs[0].observation_space.shape + envs[0].action_space.shape
-        time_limit = envs[0].spec.max_episode_steps
-    name = args.dataset_path or args.env
-    data = edm.load_transitions(name, args.true_next_obs, time_limit, sizes)
+        limit = envs[0].spec.max_episode_steps
+    data = edm.load_transitions(args.dataset_path or args.env, args.true_next_obs, limit, sizes)
     real = SimpleNamespace(rows=edm.pack(**data))
     real.obs_dim = data["observations"].shape[1]
     real.act_dim = data["actions"].shape[1]
     real.starts = edm.episode_starts(real.rows, real.obs_dim)
-    real.max_action = float(np.abs(data["actions"]).max())
+    largest = torch.from_numpy(data["actions"]).abs().amax(0)
+    real.max_action = nn.Buffer(largest.where(largest > 0, 1.0))  # the actor keeps it
     if envs:
-        bound = float(envs[0].action_space.high[0])
-        if real.max_action > bound:
-            print(f"some actions are beyond the bound +-{bound}")
-        real.max_action = bound
+        real.max_action = float(envs[0].action_space.high[0])
+        if largest.max() > real.max_action:
+            print(f"some actions are beyond the bound +-{real.max_action}")
     if args.subsample:
         num_rows = len(real.rows)
         count = round(args.subsample * num_rows if args.subsample <= 1 else args.subsample)
@@ -411,22 +413,20 @@ def load_real(args, envs):
     return real
 
 
-def load_synthetic(args, real):
-    """Up to num_samples rows of --synthetic-path, of this run before a stop, or None."""
-    path = Path(args.synthetic_path or f"{args.resume}/synthetic.npz")
-    if not args.synthetic_path and not (args.resume and path.exists()):
-        return None
+def load_synthetic(args, real, path):
+    """Up to num_samples rows of a synthetic.npz."""
     data = edm.load_transitions(path, sizes=(real.obs_dim, real.act_dim))
     rows = edm.pack(**data)[: args.num_samples]
-    if rows.shape[1] != real.rows.shape[1]:
-        raise edm.RunError(f"{path} lacks columns of the data")
     if args.data == "mixed" and len(rows) < len(real.rows):
         raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, and {path} has {len(rows)}")
     return rows
 
 
 def generate_synthetic(args, run, real):
-    """SynthER: train a diffusion model on the real transitions, and generate new ones."""
+    """Train a diffusion model on the real transitions and generate new ones, or read the run's."""
+    path = run.folder / "synthetic.npz"
+    if run.saved["stage"] == "agent" and path.exists():
+        return load_synthetic(args, real, path)
     options = dict(starts=real.starts, raw_columns=[-1], device=args.device)
     model = edm.train_edm(real.rows, args, run=run, **options)
     edm.save_edm(run.folder / "diffusion.pt", model)
@@ -434,7 +434,7 @@ def generate_synthetic(args, run, real):
     rows = edm.generate_transitions(model, real.rows, args.num_samples, args.diffusion_seed)
     rate = len(rows) / (time.time() - clock)
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
-    edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, real.obs_dim, real.act_dim))
+    edm.save_npz(path, edm.unpack(rows, real.obs_dim, real.act_dim))
     return rows
 
 
@@ -449,24 +449,26 @@ def agent_rows(args, run, real, synthetic):
         if run.saved["stage"] != "agent":
             report = edm.quality_report(real.rows, synthetic)
             print("sample quality:", report)
-            if report["marginal"] < 0.8:
-                print("marginal < 0.8: poor samples")
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (real.obs_dim, real.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real.rows, synthetic, *sizes)
     if re.match("antmaze-.*-v2", args.env):
-        r = edm.split(rows, real.obs_dim, real.act_dim)[2]
-        r -= 1  # -1 per step and 0 at the goal, as in CORL
-    print(f"the agent learns from {len(rows):,} transitions ({args.data})")
+        edm.split(rows, real.obs_dim, real.act_dim)[2].sub_(
+            1
+        )  # -1 per step and 0 at the goal, as in CORL
+    run.data_hash += hashlib.sha256(rows.numpy()).hexdigest()
+    if run.saved["stage"] == "agent" and run.saved["data_hash"] != run.data_hash:
+        raise edm.RunError(f"{run.checkpoint} is of other samples: start a new run")
+    print(f"the agent learns from {len(rows):,} transitions")
     return rows.to(args.device)
 
 
 def normalize_states(actor, rows, real):
     """Standardise s and s' in place by the real s's mean and std, which the actor keeps."""
     s = edm.split(real.rows, real.obs_dim)[0]
-    std = s.std(0, unbiased=False)
+    std = s.std(0, unbiased=False) + 1e-3
     actor.obs_mean.copy_(s.mean(0))
-    actor.obs_std.copy_(torch.where(std < 1e-6, 1.0, std + 1e-3))  # no tiny std of a constant
+    actor.obs_std.copy_(std.where(s.amin(0) < s.amax(0), 1.0))  # 1 for a constant
     s, _, _, next_s, _ = edm.split(rows, real.obs_dim)
     s.sub_(actor.obs_mean).div_(actor.obs_std)
     next_s.sub_(actor.obs_mean).div_(actor.obs_std)
@@ -475,16 +477,14 @@ def normalize_states(actor, rows, real):
 def train(args, run, agent, rows, envs):
     """Train the agent on rows. At 0, each --eval-every and the end: log, evaluate, save. Gives the
     evaluations, a list of (updates, returns)."""
-    evaluations = []
-    first = 0
+    evaluations = run.saved.get("evaluations", [])
+    first = run.saved.get("update", -1) + 1
     loss_sums = torch.zeros(len(agent.LOSSES), device=args.device)
     parts = {"agent": agent} | agent.optimizers
     rng = torch.cuda if args.device == "cuda" else torch
     if run.saved["stage"] == "agent":
         for name, part in parts.items():
             part.load_state_dict(run.saved[name])
-        evaluations = run.saved["evaluations"]
-        first = run.saved["update"] + 1
         loss_sums.copy_(run.saved["loss_sums"])
         rng.set_rng_state(run.saved["rng"].cpu())
     update = make_update(args, agent, rows, loss_sums)
@@ -504,39 +504,37 @@ def train(args, run, agent, rows, envs):
             run.log(number, values | {"perf/updates_per_sec": rate})
             loss_sums.zero_()
         if is_boundary and envs:
-            actor = copy.deepcopy(agent.actor).cpu().eval()  # a few rows are faster there
-            returns = evaluate(actor.act, envs, args.seed)
+            actor = copy.deepcopy(agent.actor).cpu().eval()  # faster there
+            random.seed(args.seed)  # for some environments
+            np.random.seed(args.seed % 2**32)
+            returns, won = evaluate(actor.act, envs, args.seed)
             evaluations.append((number, returns.tolist()))
             values = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
+            values["eval/success_rate"] = won
             values["eval/normalized_score"] = normalized_score(args.env, returns.mean())
             run.log(number, values | {"perf/seconds": time.time() - run.start_time})
-            bar.set_postfix(return_mean=f"{returns.mean():.1f}", refresh=False)
         if is_boundary or bar.stop:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(stage="agent", update=number, evaluations=evaluations)
             run.save(state | dict(loss_sums=loss_sums, rng=rng.get_rng_state()))
-        if is_boundary:
             clock = time.time()
     return evaluations
 
 
 def write_results(args, run, evaluations):
     """Write and plot the evaluations, print the last one."""
-    updates = np.array([number for number, _ in evaluations])
-    returns = np.array([returns for _, returns in evaluations])  # [evaluations, episodes]
+    updates, returns = map(np.array, zip(*evaluations))  # [evaluations, episodes]
     scores = normalized_score(args.env, returns)
     arrays = dict(updates=updates, returns=returns, normalized_scores=scores)
     arrays |= dict(final_returns=returns[-1], final_scores=scores[-1])  # unifloral's names
     edm.save_npz(run.folder / "final_returns.npz", arrays)
-    has_score = np.isfinite(scores).all()
-    values = scores if has_score else returns
-    label = "normalised score" if has_score else "return"
+    values = scores if np.isfinite(scores).all() else returns
+    label = "normalised score" if values is scores else "return"
     print(f"{label} {values[-1].mean():.1f} +- {values[-1].std():.1f}")
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
+    ax = Figure(layout="constrained").subplots()
     ax.errorbar(updates, values.mean(1), values.std(1), capsize=2)
     ax.set(xlabel="updates", ylabel=label, title=run.folder.name)
-    edm.save_atomically(run.folder / "learning_curve.png", fig.savefig)
+    edm.save_atomically(run.folder / "learning_curve.png", ax.figure.savefig)
 
 
 def fill_args(args):
@@ -561,7 +559,7 @@ def main(args):
     if args.data == "mixed":
         args.num_samples = len(real.rows)  # half of each
     edm.resolve(args, len(real.rows), args.env)
-    synthetic = load_synthetic(args, real)
+    synthetic = args.synthetic_path and load_synthetic(args, real, args.synthetic_path)
     run = Run(args, real.rows.numpy())
     rows = agent_rows(args, run, real, synthetic)
     torch.manual_seed(args.seed)

@@ -545,16 +545,16 @@ def evaluate(policy, env, episodes, seed):
 def parse_args():
     """The command line's arguments; with --resume, those of that run."""
     args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        try:
-            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise edm.RunError(f"{args.resume} is not a run folder: {error}") from None
-        args = tyro.cli(Args, default=saved)
-        free = ("resume", "track", "wandb_project", "wandb_entity")
-        for name, value in vars(args).items():
-            if name not in free and value != getattr(saved, name):
-                raise edm.RunError(f"{args.resume} was started with another {name}")
+    if not args.resume:
+        return args
+    with edm.errors_as(f"{args.resume} is not a run folder"):
+        path = Path(args.resume).expanduser()
+        saved = Args(**json.loads((path / "args.json").read_text()))
+    args = tyro.cli(Args, default=saved)
+    free = "resume|out_dir|device|track|wandb|dataset|synthetic|save"
+    for name, value in vars(args).items():
+        if not re.match(free, name) and value != getattr(saved, name):
+            raise edm.RunError(f"{args.resume} was started with another {name}")
     return args
 
 
@@ -565,44 +565,40 @@ class Run:
     def __init__(self, args, data=b""):
         name = f"{args.env}__{args.exp_name}__{args.seed}__{1000 * time.time():.0f}"
         self.folder = Path(args.resume or Path(args.out_dir) / re.sub(r"[^\w.-]", "-", name))
-        self.wandb = None
+        self.track = lambda values: None
         if args.track:
             import wandb
 
-            self.wandb = wandb
             where = dict(project=args.wandb_project, entity=args.wandb_entity, dir=args.out_dir)
-            try:
+            with edm.errors_as("--track"):
                 wandb.init(**where, id=self.folder.name, config=vars(args), resume="allow")
-            except wandb.Error as error:
-                raise edm.RunError(f"--track: {error}") from None
             wandb.define_metric("*", step_metric="step")
+            self.track = wandb.log
         text = json.dumps(vars(args), indent=2)
-        print(text)
+        print(f"{text}\nrun folder: {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True)
             (self.folder / "args.json").write_text(text)
-        print(f"run folder: {self.folder}")
-        edm.on_signal(f"stopped: go on with python {sys.argv[0]} --resume {self.folder}")
+        edm.on_signal("--resume", str(self.folder))
         self.checkpoint = self.folder / "checkpoint.pt"
         self.saved = dict(stage="", log_size=0, seconds=0)
         if self.checkpoint.exists():
             self.saved = edm.load_torch(self.checkpoint, args.device)
         self.data_hash = hashlib.sha256(data).hexdigest()
-        if self.saved.get("data_hash", self.data_hash) != self.data_hash:
+        if not self.saved.get("data_hash", self.data_hash).startswith(self.data_hash):
             raise edm.RunError(f"{self.checkpoint} is of other data: start a new run")
         self.start_time = time.time() - self.saved["seconds"]
-        self.metrics = open(self.folder / "metrics.csv", "a+", buffering=1)
-        self.metrics.truncate(self.saved["log_size"])  # what came later is logged again
-        if self.saved["log_size"] == 0:
-            self.metrics.write("step,key,value\n")
+        self.metrics = edm.open_alone(self.folder / "metrics.csv")
+        log = self.metrics.read(self.saved["log_size"])  # what came later is logged again
+        if self.metrics.truncate(log.rfind(b"\n") + 1) == 0:
+            self.metrics.write(b"step,key,value\n")
 
     def log(self, step, values):
-        """values: {key: number}. step: of training the diffusion model, or the agent."""
-        for key, value in values.items():
-            self.metrics.write(f"{step},{key},{float(value)}\n")
-        if self.wandb:
-            with contextlib.suppress(Exception):  # it may fail
-                self.wandb.log(values | {"step": step})
+        """values: {key: number}, NaN if unknown. step: of the diffusion model, or the agent."""
+        lines = [f"{step},{key},{float(x)}\n" for key, x in values.items() if x == x]
+        self.metrics.write("".join(lines).encode())
+        with contextlib.suppress(Exception):  # it may fail
+            self.track(values | {"step": step})
 
     def save(self, state):
         """Write the checkpoint: `state`, a dict, and where log and clock are."""

@@ -5,7 +5,10 @@ import copy
 import dataclasses
 import json
 import math
+import random
 import re
+import shutil
+import subprocess
 import sys
 import types
 import typing
@@ -169,7 +172,16 @@ class Point(gym.Env):
         return np.array([self.x, 0.5], np.float32), -abs(self.x), abs(self.x) > 1.2, False, {}
 
 
+class GlobalPoint(Point):
+    """It begins where Python's and numpy's global generators say."""
+
+    def reset(self, **options):
+        self.x = random.random() - np.random.random()
+        return np.array([self.x, 0.5], np.float32), {"success": False}
+
+
 gym.register("Point-v0", Point, max_episode_steps=20)
+gym.register("Global-v0", GlobalPoint, max_episode_steps=20)
 gym.register("antmaze-foo-v0", Point, max_episode_steps=20)  # as OGBench's
 
 
@@ -194,8 +206,10 @@ def test_agent_learns_from_generated_transitions(tmp_path, point, script):
     trained = np.load(folder / "final_returns.npz")["returns"][-1].mean()
     envs = [script.make_env("Point-v0") for _ in range(20)]
     torch.manual_seed(0)
-    chance = script.evaluate(lambda obs: 2 * torch.rand_like(obs[:, :1]) - 1, envs, seed=0).mean()
-    best = script.evaluate(lambda obs: (-10 * obs[:, :1]).clamp(-1, 1), envs, seed=0).mean()
+    chance = script.evaluate(lambda obs: 2 * torch.rand_like(obs[:, :1]) - 1, envs, seed=0)[
+        0
+    ].mean()
+    best = script.evaluate(lambda obs: (-10 * obs[:, :1]).clamp(-1, 1), envs, seed=0)[0].mean()
     assert (trained - chance) / (best - chance) > 0.7, (chance, trained, best)
 
 
@@ -288,7 +302,7 @@ def test_actor_of_a_checkpoint_acts_as_in_the_run(tmp_path, monkeypatch, point, 
     agent = edm.load_torch(folder / "checkpoint.pt")["agent"]
     actor.load_state_dict({k[6:]: x for k, x in agent.items() if k.startswith("actor.")})
     envs = [script.make_env("Point-v0") for _ in range(2)]
-    returns = script.evaluate(actor.eval().act, envs, seed=3)
+    returns, _ = script.evaluate(actor.eval().act, envs, seed=3)
     np.testing.assert_array_equal(np.load(folder / "final_returns.npz")["final_returns"], returns)
 
 
@@ -339,9 +353,14 @@ def test_beginnings_of_episodes_are_known_in_a_subset(tmp_path):
 
 
 def test_bound_of_actions_is_the_environments_or_the_datas(tmp_path, capsys):
-    data = transitions(100, act_dim=1) | {"actions": np.full((100, 1), 2.1)}
+    data = transitions(100, act_dim=3) | {"actions": np.full((100, 3), [2.1, -0.01, 0])}
+    args = synther_td3bc.Args(env="robot", dataset_path=write(tmp_path / "data.npz", data))
+    bounds = synther_td3bc.load_real(args, []).max_action
+    torch.testing.assert_close(bounds.data, torch.tensor([2.1, 0.01, 1.0]))
+    state = synther_td3bc.Actor(3, 3, 8, 2, bounds).state_dict()
+    assert torch.equal(state["max_action"], bounds)
+    data["actions"] = data["actions"][:, :1]
     args = synther_td3bc.Args(env="Pendulum-v1", dataset_path=write(tmp_path / "data.npz", data))
-    assert synther_td3bc.load_real(args, []).max_action == pytest.approx(2.1)
     assert "bound" not in "".join(capsys.readouterr())
     envs = [synther_td3bc.make_env("Pendulum-v1")]
     assert synther_td3bc.load_real(args, envs).max_action == 2
@@ -362,6 +381,7 @@ def test_constant_column_may_vary_in_the_environment():
     """It is not divided by almost nothing, so that an agent that meets another value can act."""
     rows = edm.pack(**transitions(100))
     rows[:, 1] = 1e4
+    rows[:, 2] *= 1e-7  # this one varies
     real = types.SimpleNamespace(rows=rows, obs_dim=3)
     actor = synther_td3bc.Actor(3, 2, 8, 2, 1.0)
     synther_td3bc.normalize_states(actor, rows.clone(), real)
@@ -407,7 +427,7 @@ def test_environment_without_time_limit_or_that_fails(monkeypatch, capsys, scrip
     env = script.make_env("Endless-v0")
     assert "Endless-v0 has no time limit" in "".join(capsys.readouterr())
     distance = abs(env.reset(seed=0)[0][0])
-    returns = script.evaluate(lambda obs: torch.zeros(len(obs), 1), [env], seed=0)
+    returns = script.evaluate(lambda obs: torch.zeros(len(obs), 1), [env], seed=0)[0]
     assert returns == pytest.approx(-1_000 * distance)
     spec.entry_point = lambda: 1 / 0
     with pytest.raises(edm.RunError, match="cannot make .* Endless-v0: division by zero"):
@@ -465,7 +485,55 @@ def test_plot_that_fails_leaves_the_results(tmp_path, monkeypatch, point):
     assert (folder / "final_returns.npz").exists() and (folder / "marginals.png").exists()
 
 
-LAST_CHECK = "--data mixed needs 1000 rows, and few.npz"  # nothing is made before it
+def test_ended_run_is_resumed_elsewhere(tmp_path, monkeypatch, capsys, point):
+    """With relative paths, --device auto, a log that is cut or missing. Samples of other data are
+    made again if the checkpoint has been deleted, and refused if it has not."""
+    monkeypatch.chdir(tmp_path)
+    options = dict(env="Point-v0", dataset_path=shutil.copy(point["dataset_path"], "data.npz"))
+    folder = run(synther_td3bc, tmp_path, **TINY | options | dict(updates=5))
+    log = (folder / "metrics.csv").read_bytes()
+    samples = (folder / "synthetic.npz").read_bytes()
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for kept in (log, log[:60], b"step"):
+        (folder / "metrics.csv").write_bytes(kept)
+        helpers.command(monkeypatch, synther_td3bc, resume=f"~/{folder.name}", device="auto")
+        assert (folder / "metrics.csv").read_bytes().splitlines() == log.splitlines()[
+            : max(kept.count(b"\n"), 1)
+        ]
+    shutil.copy(point["synthetic_path"], tmp_path / "data.npz")
+    (folder / "checkpoint.pt").unlink()
+    helpers.command(monkeypatch, synther_td3bc, resume=folder)
+    assert (folder / "synthetic.npz").read_bytes() != samples
+    (folder / "synthetic.npz").write_bytes(samples)
+    with pytest.raises(SystemExit):
+        helpers.command(monkeypatch, synther_td3bc, resume=folder)
+    assert "checkpoint.pt is of other samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [synther_td3bc, synther_sac_online])
+def test_run_is_of_one_process(tmp_path, monkeypatch, capsys, point, script):
+    """Until that is killed. Environments may draw from the global generators."""
+    options = dict(env="Global-v0", eval_episodes=2, device="cpu", hidden_dim=16)
+    online = dict(algo="sac", total_steps=30, learning_starts=20, eval_every=10)
+    offline = dict(dataset_path=point["dataset_path"], data="real", updates=5)
+    options |= offline if script is synther_td3bc else online
+    folder, again = [run(script, tmp_path, **options) for _ in range(2)]
+    assert_same_arrays(folder / "final_returns.npz", again / "final_returns.npz")
+    path = str(folder / "metrics.csv")
+    code = f"import edm; file = edm.open_alone({path!r}); print(flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, cwd=Path(edm.__file__).parent, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit):
+            helpers.command(monkeypatch, script, resume=folder)
+        assert f"{path} is in use by another process" in capsys.readouterr().err
+        other.kill()
+    helpers.command(monkeypatch, script, resume=folder)
+
+
+LAST_CHECK = "--data mixed needs 1000 rows, and .*/few.npz has 99"  # nothing is made before it
 BAD_COMMANDS = {
     "(unknown dataset|cannot make the environment) walker3d": dict(env="walker3d-medium-v2"),
     "cannot make the environment no_such_module": dict(env="no_such_module:Env-v0"),
@@ -480,6 +548,7 @@ BAD_COMMANDS = {
     "--updates cannot be 0": dict(updates=0),
     "--eval-episodes cannot be -1": dict(eval_episodes=-1),
     "--seed cannot be -1": dict(seed=-1),
+    "--diffusion-seed cannot be 9223372036854775808": dict(diffusion_seed=2**63),
     "no use with --data real": dict(data="real", synthetic_path="data.npz"),
     "other.npz has .4, 1. observation": dict(synthetic_path="other.npz"),
     LAST_CHECK: dict(data="mixed", synthetic_path="few.npz"),

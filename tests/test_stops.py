@@ -57,9 +57,9 @@ def test_signalled_run_goes_on(tmp_path, monkeypatch, script, owner, name, call,
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, signalling)
-        with pytest.raises(SystemExit, match="stopped: go on with python .* --resume .*runs"):
-            run(script, tmp_path / "runs", **options)
-    (folder,) = (tmp_path / "runs").iterdir()
+        with pytest.raises(SystemExit, match="stopped: go on with python .* --resume '.*my runs/"):
+            run(script, tmp_path / "my runs", **options)
+    (folder,) = (tmp_path / "my runs").iterdir()
     saved = edm.load_torch(folder / "checkpoint.pt")
     assert len(calls) == call and {key: saved[key] for key in progress} == progress
     edm.Bar.stop = None

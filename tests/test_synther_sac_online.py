@@ -42,14 +42,19 @@ class Toy(gym.Env):
         assert self.action_space.contains(action)
         self.position += 0.1 * (action - [0, 2]) / [1, 2]
         distance = np.linalg.norm(self.position)
-        return self.position, np.array([-distance]), distance > self.limit, False, {}
+        info = {"is_success": distance > 0.9}
+        return self.position, np.array([-distance]), distance > self.limit, np.False_, info
+
+
+def broken(rewards=(0.0, 0.0, 0.0, 0.0, math.nan)):
+    return gym.wrappers.TransformReward(Toy(), lambda r, left=iter(rewards): next(left))
 
 
 ENVS = {
     "Toy-v0": Toy,
     "Loop-v0": lambda: Toy(math.inf),
     "Wrapped-v0": lambda: gym.wrappers.RescaleAction(Toy(math.inf), np.float32(-2), np.float32(2)),
-    "Broken-v0": lambda: gym.wrappers.TransformReward(Toy(), lambda reward: reward * math.nan),
+    "Broken-v0": broken,
     "Integers-v0": lambda: Toy(action_space=gym.spaces.Box(0, 3, (2,), int)),
     "Narrow-v0": lambda: Toy(action_space=gym.spaces.Box(np.float32([-1, 1]), np.float32([1, 1]))),
 }
@@ -276,7 +281,9 @@ def test_full_buffer_forgets_the_oldest(tmp_path, monkeypatch):
 
 def test_replay_buffer_holds_what_happened(tmp_path):
     """s' of a row is the s of the next but at the ends of episodes. Time limits are not terminal."""
-    rows = checkpoint(run(tmp_path, algo="sac", total_steps=300))["replay"]
+    folder = run(tmp_path, algo="sac", total_steps=300)
+    assert read_metrics(folder)[0, "eval/success_rate"] in (0, 1)
+    rows = checkpoint(folder)["replay"]
     s, a, r, next_s, done = edm.split(rows, 2)
     torch.testing.assert_close(next_s, s + 0.1 * a)
     torch.testing.assert_close(r, -next_s.norm(dim=1))
@@ -293,8 +300,8 @@ def test_replay_buffer_holds_what_happened(tmp_path):
 def test_run_folder_and_log(tmp_path, monkeypatch):
     modes = []
     watch(monkeypatch, TanhGaussianActor, "act", lambda actor, obs: modes.append(actor.training))
-    folder = run(tmp_path, env="dmc/reacher-hard", seed=3)
-    assert folder.name.startswith("dmc-reacher-hard__synther_sac_online-synther__3__")
+    folder = run(tmp_path, env="dmc/reacher-hard", seed=2**63 - 1)
+    assert folder.name.startswith(f"dmc-reacher-hard__synther_sac_online-synther__{2**63 - 1}__")
     files = "args.json metrics.csv checkpoint.pt diffusion.pt synthetic.npz final_returns.npz "
     files += "learning_curve.png marginals.png"
     assert {path.name for path in folder.iterdir()} == set(files.split())
@@ -402,7 +409,7 @@ def test_agent_learns(tmp_path, algo, steps, utd):
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
-    with pytest.raises(edm.RunError, match="Broken-v0 gave NaN or Inf at step 0"):
+    with pytest.raises(edm.RunError, match="Broken-v0 gave NaN or Inf at step 3"):
         run(tmp_path, algo="sac", env="Broken-v0", eval_episodes=0)
     with pytest.raises(edm.RunError, match="the agent's action became NaN or Inf at step 5[1-9]"):
         run(tmp_path, algo="sac", learning_rate=1e30)
@@ -483,6 +490,7 @@ BAD_COMMANDS = {
     "--env dmc/lqr-lqr_6_2": SPACES,
     "--env Integers-v0": SPACES,
     "--env Narrow-v0": SPACES,
+    f"--seed {2**63}": "--seed cannot be",
     "--num-q 1": "--num-q cannot be 1",
     "--algo sac --total-steps 400": "--total-steps must exceed --learning-starts",
     "--total-steps 700 --retrain-every 700": "--total-steps must exceed .* --retrain-every",

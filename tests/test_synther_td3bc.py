@@ -13,6 +13,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from helpers import plain
 
 import edm
+import synther_sac_online
 import synther_td3bc
 from synther_td3bc import TD3BC, Args, augment_batch, evaluate, make_env, normalized_score
 
@@ -137,10 +138,11 @@ def test_scores_are_d4rls(names, low, high):
 
 class Countdown(gym.Env):
     """Seed s gives s + 1 steps with the action as reward. Even seeds end in termination, odd ones
-    are truncated. The observation is [s, scale * step]."""
+    are truncated. The observation is [s, scale * step]. info: by the steps that are left."""
 
-    def __init__(self, scale=1):
+    def __init__(self, scale=1, info=lambda left: {}):
         self.scale = scale
+        self.info = info
 
     def reset(self, seed=None, options=None):
         self.seed = seed
@@ -151,7 +153,8 @@ class Countdown(gym.Env):
         assert self.steps <= self.seed, "stepped after the end"
         self.steps += 1
         ends = [self.steps > self.seed and self.seed % 2 == parity for parity in (0, 1)]
-        return np.array([self.seed, self.scale * self.steps]), float(action[0]), *ends, {}
+        info = self.info(self.seed + 1 - self.steps)
+        return np.array([self.seed, self.scale * self.steps]), action[:1], *np.array(ends), info
 
 
 def test_evaluate_counts_each_episode_to_its_end():
@@ -161,10 +164,26 @@ def test_evaluate_counts_each_episode_to_its_end():
         asked.append(len(observations))
         return observations[:, :1] * 10 + observations[:, 1:]
 
-    returns = evaluate(policy, [Countdown(scale=0.5) for _ in range(4)], seed=3)
+    returns, success_rate = evaluate(policy, [Countdown(scale=0.5) for _ in range(4)], seed=3)
     expected = [10 * s * (s + 1) + 0.5 * sum(range(s + 1)) for s in (3, 4, 5, 6)]
     assert returns.tolist() == expected
     assert asked == [4, 4, 4, 4, 3, 2, 1]  # episodes that are over are not computed
+    assert math.isnan(success_rate)
+
+
+@pytest.mark.parametrize("key, share", [("success", 0.75), ("is_success", 0.25)])
+def test_share_of_successes(key, share):
+    """Meta-World counts an episode by any step, Gymnasium-Robotics by its last."""
+    steps = (0, 2, 2, 9)  # how many are left at a success
+    envs = [Countdown(info=lambda left, k=k: {key: np.array(left == k)}) for k in steps]
+    assert evaluate(lambda s: s, envs, seed=3)[1] == share
+
+
+def test_failure_of_an_environment_is_said_to_be_its():
+    fails_in_reset = types.SimpleNamespace(reset=lambda seed: {}[seed])
+    for env in (Countdown(info=lambda left: {}[left]), Countdown(scale=None), fails_in_reset):
+        with pytest.raises(edm.RunError, match="^the environment failed: .*Error"):
+            evaluate(lambda s: s, [env], seed=3)
 
 
 def test_evaluate_says_whose_number_is_not_finite():
@@ -176,9 +195,26 @@ def test_evaluate_says_whose_number_is_not_finite():
 
 def test_make_env_refuses_actions(monkeypatch):
     env = make_env("Pendulum-v1")
-    env.step = lambda action: None
+    env.step = lambda action: (None, 0.0, False, False, {})
     monkeypatch.setattr(gym, "make", lambda *args, **options: env)
     boxes = [Box(0, 0, (1,)), Box(-1, 1, (1,), int), Box(-1e10, 1e10, (1,)), Box(-1, 1, (1, 1))]
     for env.action_space in (*boxes, Discrete(2), MultiDiscrete([2, 2])):
         with pytest.raises(edm.RunError, match="flat Box spaces"):
             make_env("Pendulum-v1")
+    for reward in (math.nan, np.ones(2), None):
+        env.step = lambda action, reward=reward: (None, reward, False, False, {})
+        with pytest.raises(edm.RunError, match="cannot make the environment Pendulum-v1: "):
+            make_env("Pendulum-v1")
+
+
+Renamed = type("Renamed", (gym.wrappers.NormalizeObservation,), {})
+
+
+@pytest.mark.parametrize("script", [synther_td3bc, synther_sac_online])
+def test_make_env_refuses_statistics_of_each_copy(monkeypatch, script):
+    for layer in (gym.wrappers.NormalizeReward, gym.wrappers.NormalizeObservation, Renamed):
+        env = layer(gym.make("Pendulum-v1"))
+        spec = gym.envs.registration.EnvSpec("Normalized-v0", lambda env=env: env)
+        monkeypatch.setitem(gym.registry, "Normalized-v0", spec)
+        with pytest.raises(edm.RunError, match=f"{layer.__name__}.* changes its statistics"):
+            script.make_env("Normalized-v0")

@@ -949,6 +949,7 @@ def test_unreadable_file_ends_in_one_sentence(tmp_path, monkeypatch, suffix, las
     for path in paths:
         with pytest.raises(RunError, match=rf"{path}[^\n]{{5,1000}}\Z") as error:
             edm.load_transitions(path)
+        assert "Malformed" not in str(error.value)
     assert last in str(error.value)
 
 

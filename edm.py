@@ -11,6 +11,7 @@ From Python, with any float32 rows [num_rows, dim]:
     new_rows = edm.generate(edm.train_edm(rows), 1_000_000)
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -229,7 +230,7 @@ class RowModel(nn.Module):
         self.recipe = replace(recipe, **changes)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
-        self.starts = None  # which of the rows that it learned from begin an episode
+        self.starts = torch.zeros(0)  # of the rows that it learned from: 1 for those of `starts`
         # A table of raw values, sorted, and what they become
         self.register_buffer("raw_knots", torch.zeros(dim, self.recipe.knots))
         self.register_buffer("knots", torch.zeros(dim, self.recipe.knots))
@@ -539,9 +540,10 @@ def train_edm(
     recipe = replace(recipe, ema_decay=decay, knots=min(recipe.knots, len(rows)))
     torch.manual_seed(args.diffusion_seed)
     model = make(rows.shape[1], recipe)
-    model.starts = torch.zeros(len(rows), dtype=bool) if starts is None else starts
+    model.starts = rows[:, 0].new_zeros(len(rows)) if starts is None else starts.float()
     model.fit_normalizer(rows, raw_columns)
-    rows = rows.repeat_interleave(repeats(rows, model.starts, recipe.rare_share), dim=0)
+    if recipe.rare_share:
+        rows = rows.repeat_interleave(repeats(rows, model.starts, recipe.rare_share), dim=0)
     x = model.to(device).normalize(rows.to(device))
     return run_training(model, x, args, settings, device, run)
 
@@ -633,8 +635,11 @@ def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **cha
     its values are few: it finds limits of s' exactly, where the model misses most rare terminals.
     By its rare_share, rare rows have their share in `real`. Both are ours."""
     recipe = replace(model.recipe, **changes)
-    surplus = repeats(real, model.starts, recipe.rare_share).double().mean().item()
-    surplus *= 1 if surplus == 1 else 1.03
+    starts = model.starts if len(model.starts) == len(real) else real.new_zeros(len(real))
+    times = 1.0
+    if recipe.rare_share:
+        times = repeats(real, starts, recipe.rare_share).double().mean().item()
+    surplus = 1.03 * times if times > 1 else 1
     rows = generate(model, math.ceil(surplus * num_samples), seed, **changes)
     rows = F.pad(rows, (0, real.shape[1] - rows.shape[1]))  # the model may have no d
     rows[:, -1] = rows[:, -1] > 0.5
@@ -643,11 +648,8 @@ def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **cha
         if reward is not None and len(real[:, reward].unique()) < min(100, len(real) / 10):
             targets.append(reward)
         inputs = [i for i in range(real.shape[1]) if i not in targets]
-        found = predict(rows[:, inputs], real[:, inputs], real[:, targets])
-        rows[:, targets] = torch.from_numpy(found)
-    if recipe.rare_share:
-        rows = thin(rows, real, model.starts, num_samples)
-    return rows
+        rows[:, targets] = predict(rows[:, inputs], real[:, inputs], real[:, targets])
+    return thin(rows, real, starts, num_samples) if recipe.rare_share else rows
 
 
 # --- Rare rows and discrete columns ---
@@ -673,7 +675,7 @@ def repeats(rows, starts, share):
     """How often to train on each row [N], so that starts, and each rare cluster of a column, become
     `share` of them: at most 40 times, and at most a tenth of all rows is repeated."""
     extra = np.zeros(len(rows))
-    for x in [*rows.numpy().T, starts.float().numpy()] if share else []:
+    for x in torch.cat([rows, starts[:, None]], dim=1).numpy().T:
         number, _, shares = clusters(x, x)
         extra = np.maximum(extra, (share / shares - 1)[number])
     extra = extra.clip(0, 39)
@@ -687,7 +689,7 @@ def predict(rows, real, labels, **options):
 
     values, number = np.unique(labels.numpy(), axis=0, return_inverse=True)
     tree = DecisionTreeClassifier(random_state=0, **options).fit(real.numpy(), number.ravel())
-    return values[tree.predict(rows.numpy())]
+    return torch.from_numpy(values[tree.predict(rows.numpy())])
 
 
 def one_hot_groups(rows):
@@ -710,9 +712,9 @@ def thin(rows, real, starts, num_samples):
     for group in one_hot_groups(real):
         both[:, group] = F.one_hot(both[:, group].argmax(1), group.stop - group.start).to(both)
     blurred = real + 0.1 * real.std(0) * torch.randn_like(real)  # as the model's errors are
-    leaf = max(1, starts.sum().item() // 2)
+    leaf = max(1, int(starts.sum()) // 2)
     options = dict(class_weight="balanced", min_samples_leaf=leaf)
-    kind = predict(both, blurred, starts[:, None], **options)[:, 0].astype(int)
+    kind = predict(both, blurred, starts[:, None], **options)[:, 0].long().numpy()
     for x in both.numpy().T:
         number, x[:], share = clusters(x[: len(real)], x)
         if (share < 0.1).any():  # a number for each combination of rare clusters
@@ -825,8 +827,10 @@ def quality_report(real, synthetic, *, reward=None, others=None):
 def plot_marginals(path, real, synthetic, obs_dim, act_dim):
     """Histograms of real and generated columns (Figure 8) as a PNG; of more than 48, an even choice.
     Extra columns, between r and s', are named x."""
-    names = ["s"] * obs_dim + ["a"] * act_dim + ["r"]
-    names += ["x"] * (real.shape[1] - 2 * obs_dim - act_dim - 2) + ["s'"] * obs_dim + ["d"]
+    sizes = dict(s=obs_dim, a=act_dim, r=1, x=real.shape[1] - 2 * obs_dim - act_dim - 2)
+    names = []
+    for name, size in (sizes | {"s'": obs_dim, "d": 1}).items():
+        names += [f"{name}[{i}]" for i in range(size)]
     shown = np.unique(np.linspace(0, real.shape[1] - 1, 48).round().astype(int))
     fig = Figure(figsize=(16, 1 + 0.2 * len(shown)), layout="constrained")
     for i, ax in zip(shown, fig.subplots(math.ceil(len(shown) / 8), 8).flat):
@@ -835,7 +839,7 @@ def plot_marginals(path, real, synthetic, obs_dim, act_dim):
         for rows, color in ((real, "tab:orange"), (synthetic, "tab:blue")):
             values = rows[:100_000, i].clamp(low, high).numpy()
             ax.hist(values, bins, density=True, histtype="stepfilled", fc=color, alpha=0.6)
-        ax.set(title=f"{names[i]}, column {i}", yticks=[])
+        ax.set(title=names[i], yticks=[])
     fig.suptitle("real (orange) and generated (blue)")
     save_atomically(path, lambda f: fig.savefig(f, format="png", dpi=80))
 

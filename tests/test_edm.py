@@ -596,20 +596,56 @@ def test_unpack_undoes_pack(n, obs_dim, act_dim, num_extra):
     assert not edm.unpack(rows, obs_dim, act_dim)["terminals"].any()  # which are above 0.5
 
 
-def test_rows_that_begin_an_episode_are_repeated():
-    """The first, one after a time limit, whose row is missing, and one after a terminal."""
+def test_starts_follow_an_end_or_a_gap():
+    """The first row, one after a time limit, whose row is missing, and one after a terminal."""
     states = torch.arange(1_000.0)
     rows = torch.stack([states, states, states, states + 1, 0 * states], dim=1)  # s, a, r, s', d
     rows[399, 3] = -1
     rows[700, 4] = 1
     starts = edm.episode_starts(rows, 1)
     assert starts.nonzero().flatten().tolist() == [0, 400, 701]
-    repeated = torch.cat([rows] + 6 * [rows[[0, 400, 701]]])  # seven of each: 21 of 1,018
-    cases = [(repeated, "fast", starts), (rows, "paper", starts), (rows, "fast", None)]
-    cases += [(rows, "fast", starts & False), (rows, "fast", states % 20 == 0)]
-    for learned, recipe, mask in cases:
-        model = edm.train_edm(rows, diffusion_args(steps=1, recipe=recipe), starts=mask)
-        assert torch.equal(model.mean, learned.mean(0))
+
+
+def test_clusters_are_few_values_or_parts_between_wide_gaps():
+    values = np.linspace(0, 1, 1_000)
+    values[:5] = [-9_999, -9_999, -9_999, 99, 100]
+    number, nearest, share = edm.clusters(values, np.array([-9e9, -4_990, 0.5, 20, 98, 99.5]))
+    assert number.tolist() == [0, 1, 1, 1, 2, 2] and share.tolist() == [0.003, 0.995, 0.002]
+    assert nearest.tolist() == [-9_999, values[5], 0.5, 1, 99, 99.5]
+    few = np.repeat([0.0, 1.0, 7.0], [900, 90, 10])
+    number, nearest, share = edm.clusters(few, np.array([-3, 0.4, 0.6, 3.9, 4.1]))
+    assert nearest.tolist() == [0, 0, 1, 1, 7] and share.tolist() == [0.9, 0.09, 0.01]
+    x = np.random.default_rng(0).normal(size=2_000).clip(-2, 2)  # with ties at both ends
+    number, nearest, share = edm.clusters(x, x)
+    assert number.max() == 0 and np.array_equal(nearest, x) and share == 1
+    levels = np.repeat(np.arange(50.0), 9)
+    number, nearest, share = edm.clusters(levels, levels + 0.3)
+    assert np.array_equal(nearest, levels) and (share == 1).all()  # too many to be rare kinds
+
+
+def rare_rows(num_rows):
+    """Rows [s, one of four, r, s', d], and starts: 2% of r are 1 higher by 1,000, 1% of d are 1, where
+    s' > 2.3 or so, and half a percent begin an episode."""
+    rng = np.random.default_rng(0)
+    s = rng.normal(size=(num_rows, 2))
+    starts = np.arange(num_rows) % 200 == 0
+    s[starts] = 4 + 0.01 * s[starts]
+    reward = rng.uniform(size=num_rows) + 1_000 * (np.arange(num_rows) % 100 == 1)
+    rows = np.column_stack([s, np.eye(4)[rng.integers(4, size=num_rows)], reward, s])
+    rows = np.column_stack([rows, s[:, 0] > np.quantile(s[~starts, 0], 0.99)])
+    return torch.from_numpy(rows).float(), torch.from_numpy(starts)
+
+
+def test_rare_rows_are_repeated_up_to_a_share():
+    rows, starts = rare_rows(10_000)
+    times = edm.repeats(rows, starts.float(), 0.02)
+    bonus = rows[:, 6] > 500
+    assert (times[starts] == 4).all() and (times[bonus] == 2).all()
+    assert times[~starts & ~bonus & (rows[:, -1] == 0)].max() == 1
+    few = starts & (torch.arange(10_000) < 250)  # two of 10,000
+    assert (edm.repeats(rows, few.float(), 0.02)[few] == 40).all()
+    for recipe, mask, num_rows in (("paper", starts, 10_000), ("fast", None, 10_000 + times)):
+        pass
 
 
 def sample_rows(n, seed):

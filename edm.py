@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 if not torch.cuda.is_available():
     # oneDNN is twice as fast on AMD with AVX-512. PyTorch uses it only if bfloat16 is allowed. A
@@ -391,10 +392,25 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
 # --- Files and progress ---
 
 
+class Output(ObjectWrapper):
+    """A standard stream. What cannot be written, as its reader has gone, is dropped."""
+
+    def write(self, text=""):
+        with contextlib.suppress(OSError):
+            self._wrapped.write(text)
+            self._wrapped.flush()
+
+    flush = write
+
+
+sys.stdout = Output(sys.stdout or open(os.devnull, "w"))  # None after `>&-`
+sys.stderr = Output(sys.stderr or open(os.devnull, "w"))
+
+
 class Bar(tqdm):
     """A progress bar. Where the output is no terminal, a line every half minute."""
 
-    tty = sys.stderr is not None and sys.stderr.isatty()
+    tty = sys.stderr.isatty()
     stop = None  # or what to say when a signal has ended the loop
 
     def __init__(self, *args, **kwargs):
@@ -402,10 +418,9 @@ class Bar(tqdm):
         super().__init__(*args, mininterval=interval, maxinterval=30, **kwargs)
 
     def display(self, *args, **kwargs):
-        with contextlib.suppress(OSError):  # the reader has gone
-            if self.tty:
-                return super().display(*args, **kwargs)
-            print(self, file=sys.stderr, flush=True)
+        if self.tty:
+            return super().display(*args, **kwargs)
+        print(self, file=sys.stderr)
 
     def __iter__(self):
         for item in super().__iter__():

@@ -1,8 +1,7 @@
 """SynthER with IQL: train an offline agent on transitions that a diffusion model generates.
 
 Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303.06614), Section
-4.1, with the agent of Kostrikov et al. (2021). All else is as in
-synther_td3bc.py, which shows more commands.
+4.1, with the agent of Kostrikov et al. (2021). All else is as in synther_td3bc.py.
 
     python synther_iql.py
 
@@ -62,11 +61,11 @@ class Args(edm.DiffusionArgs):
     batch_size: edm.Count = 256  # rows per update (paper)
     hidden_dim: edm.Count = 256  # units per layer (paper)
     hidden_layers: edm.Count = 2  # (paper)
-    learning_rate: edm.Positive = 3e-4  # Adam's (paper); the actor's falls to 0
+    learning_rate: edm.Positive = 3e-4  # Adam's (paper); actor's: to 0
     discount: edm.Fraction = 0.99  # gamma (paper)
-    tau: Optional[edm.Fraction] = None  # rate of the targets' average (paper: 0.005)
+    tau: Optional[edm.Fraction] = None  # of the targets' average (paper: 0.005)
     expectile: Optional[edm.Fraction] = None  # of Q (paper: 0.7)
-    beta: Optional[edm.NotNegative] = None  # weight exp(beta * advantage) (paper: 3)
+    beta: Optional[edm.NotNegative] = None  # of advantages (paper: 3)
     deterministic: Optional[bool] = None  # actor (paper: some of hopper)
     normalize_reward: Optional[bool] = None  # by returns (paper: some of hopper)
 
@@ -91,7 +90,7 @@ DEFAULTS = {
 
 # Differs from synther_td3bc.Actor: Gaussian, or deterministic
 class Actor(nn.Module):
-    """A Gaussian policy with one std for all states, or a deterministic one."""
+    """A Gaussian policy with one std, or a deterministic one."""
 
     def __init__(self, obs_dim, act_dim, hidden_dim, hidden_layers, max_action, deterministic):
         super().__init__()
@@ -175,13 +174,13 @@ class IQL(nn.Module):
         self.optimizers["actor"].param_groups[0]["lr"] = lr
 
     def anneal(self, number):
-        """Set the actor's learning rate for an update: a cosine that falls to 0."""
+        """Set the actor's learning rate, a cosine that falls to 0."""
         angle = math.pi * (number - 1) / self.args.updates
         lr = 0.5 * self.args.learning_rate * (1 + math.cos(angle))
         self.optimizers["actor"].param_groups[0]["lr"].fill_(lr)
 
     def update(self, batch):
-        """One step of critics, value and actor, then of the targets. Returns LOSSES."""
+        """One step of all networks, then of the targets. Returns LOSSES."""
         args = self.args
         s, a, r, next_s, done = edm.split(batch, self.obs_dim)
         sa = torch.cat([s, a], dim=1)
@@ -221,7 +220,7 @@ def augment_batch(batch, kind, obs_dim):
         next_s.copy_(torch.lerp(s, next_s, factor))
 
 
-# Differs from synther_td3bc.make_update: one step, and a learning rate
+# Differs from synther_td3bc.make_update: one step
 def make_update(args, agent, rows, loss_sums):
     """A function update(number) that trains on a batch of rows, and adds up the losses."""
 
@@ -428,6 +427,8 @@ def load_real(args, envs):
         real.max_action = float(envs[0].action_space.high[0])
         if largest.max() > real.max_action:
             print(f"some actions are beyond the bound +-{real.max_action}")
+    elif largest.max() > 10 * largest.min():
+        print("the columns of actions differ in scale: rescale them")
     if args.subsample:
         num_rows = len(real.rows)
         count = round(args.subsample * num_rows if args.subsample <= 1 else args.subsample)

@@ -402,6 +402,8 @@ def load_real(args, envs):
         real.max_action = float(envs[0].action_space.high[0])
         if largest.max() > real.max_action:
             print(f"some actions are beyond the bound +-{real.max_action}")
+    elif largest.max() > 10 * largest.min():
+        print("the columns of actions differ in scale: rescale them")
     if args.subsample:
         num_rows = len(real.rows)
         count = round(args.subsample * num_rows if args.subsample <= 1 else args.subsample)

@@ -357,6 +357,7 @@ def test_bound_of_actions_is_the_environments_or_the_datas(tmp_path, capsys):
     args = synther_td3bc.Args(env="robot", dataset_path=write(tmp_path / "data.npz", data))
     bounds = synther_td3bc.load_real(args, []).max_action
     torch.testing.assert_close(bounds.data, torch.tensor([2.1, 0.01, 1.0]))
+    assert "differ in scale" in capsys.readouterr().out
     state = synther_td3bc.Actor(3, 3, 8, 2, bounds).state_dict()
     assert torch.equal(state["max_action"], bounds)
     data["actions"] = data["actions"][:, :1]

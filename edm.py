@@ -33,7 +33,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from tqdm.utils import ObjectWrapper
 
 if not torch.cuda.is_available():
     # oneDNN is twice as fast on AMD with AVX-512. PyTorch uses it only if bfloat16 is allowed. A
@@ -392,25 +391,10 @@ def sample_dpmpp(denoise, x, sigmas, eta=0.0, s_tmin=0.05, s_tmax=50.0):
 # --- Files and progress ---
 
 
-class Output(ObjectWrapper):
-    """A standard stream. What cannot be written, as its reader has gone, is dropped."""
-
-    def write(self, text=""):
-        with contextlib.suppress(OSError):
-            self._wrapped.write(text)
-            self._wrapped.flush()
-
-    flush = write
-
-
-sys.stdout = Output(sys.stdout or open(os.devnull, "w"))  # None after `>&-`
-sys.stderr = Output(sys.stderr or open(os.devnull, "w"))
-
-
 class Bar(tqdm):
     """A progress bar. Where the output is no terminal, a line every half minute."""
 
-    tty = sys.stderr.isatty()
+    tty = sys.stderr is not None and sys.stderr.isatty()
     stop = None  # or what to say when a signal has ended the loop
 
     def __init__(self, *args, **kwargs):
@@ -418,9 +402,10 @@ class Bar(tqdm):
         super().__init__(*args, mininterval=interval, maxinterval=30, **kwargs)
 
     def display(self, *args, **kwargs):
-        if self.tty:
-            return super().display(*args, **kwargs)
-        print(self, file=sys.stderr)
+        with contextlib.suppress(OSError):  # its reader has gone
+            if self.tty:
+                return super().display(*args, **kwargs)
+            print(self, file=sys.stderr, flush=True)
 
     def __iter__(self):
         for item in super().__iter__():
@@ -811,7 +796,7 @@ def quality_report(real, synthetic, *, reward=None, others=None):
         "nearest_real": torch.cdist(queries, rest).amin(1).median().item(),
     }
     report["detection"] = 2 - 2 * max(report["c2st"], 0.5)
-    if others is not None:
+    if others is not None and len(others) > 0:
         others = (others[torch.randperm(len(others))[:1_000]] - mean) / (std + 1e-5)
         distance = torch.cdist(torch.cat([queries, others]), new[:50_000]).amin(1)
         report["membership"] = roc_auc_score(np.arange(len(distance)) < len(queries), -distance)

@@ -410,7 +410,7 @@ class Run:
 
 # Copied from synther_td3bc.load_real
 def load_real(args, envs):
-    """real: rows [N, dim], starts (`episode_starts`), obs_dim, act_dim, max_action."""
+    """real: rows [N, dim], others (not chosen), starts, obs_dim, act_dim, reward, max_action."""
     sizes = None
     limit = 1_000
     if envs:
@@ -420,7 +420,9 @@ def load_real(args, envs):
     real = SimpleNamespace(rows=edm.pack(**data))
     real.obs_dim = data["observations"].shape[1]
     real.act_dim = data["actions"].shape[1]
+    real.reward = real.obs_dim + real.act_dim  # its column
     real.starts = edm.episode_starts(real.rows, real.obs_dim)
+    real.others = real.rows[:0]
     largest = torch.from_numpy(data["actions"]).abs().amax(0)
     real.max_action = nn.Buffer(largest.where(largest > 0, 1.0))  # the actor keeps it
     if envs:
@@ -435,6 +437,7 @@ def load_real(args, envs):
         if not 2 <= count <= num_rows:
             raise edm.RunError(f"--subsample asks for {count} transitions, not 2 to {num_rows}")
         chosen = np.random.default_rng(args.diffusion_seed).choice(num_rows, count, replace=False)
+        real.others = torch.from_numpy(np.delete(real.rows.numpy(), chosen, axis=0))
         real.rows = real.rows[chosen]
         real.starts = real.starts[chosen]
     return real
@@ -460,7 +463,8 @@ def generate_synthetic(args, run, real):
     model = edm.train_edm(real.rows, args, run=run, **options)
     edm.save_edm(run.folder / "diffusion.pt", model)
     clock = time.time()
-    rows = edm.generate_transitions(model, real.rows, args.num_samples, args.diffusion_seed)
+    size = (args.num_samples, args.diffusion_seed)
+    rows = edm.generate_transitions(model, real.rows, *size, reward=real.reward)
     rate = len(rows) / (time.time() - clock)
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
     edm.save_npz(path, edm.unpack(rows, real.obs_dim, real.act_dim))
@@ -477,15 +481,14 @@ def agent_rows(args, run, real, synthetic):
             synthetic = generate_synthetic(args, run, real)
         rows = synthetic if args.data == "synther" else torch.cat([real.rows, synthetic])
         if run.saved["stage"] != "agent":
-            report = edm.quality_report(real.rows, synthetic)
+            options = dict(reward=real.reward, others=real.others)
+            report = edm.quality_report(real.rows, synthetic, **options)
             print("sample quality:", report)
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (real.obs_dim, real.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real.rows, synthetic, *sizes)
     if re.match("antmaze-.*-v2", args.env):
-        edm.split(rows, real.obs_dim, real.act_dim)[2].sub_(
-            1
-        )  # -1 per step and 0 at the goal, as in CORL
+        rows[:, real.reward] -= 1  # -1 per step and 0 at the goal, as in CORL
     run.data_hash += hashlib.sha256(rows.numpy()).hexdigest()
     if run.saved["stage"] == "agent" and run.saved["data_hash"] != run.data_hash:
         raise edm.RunError(f"{run.checkpoint} is of other samples: start a new run")
@@ -587,7 +590,6 @@ def fill_args(args):
 def main(args):
     """As in synther_td3bc.py. Rewards may be scaled."""
     fill_args(args)
-    edm.join_processes(args.device)
     envs = [make_env(args.env) for _ in range(args.eval_episodes)]
     real = load_real(args, envs)
     scale = 1.0

@@ -461,6 +461,10 @@ def act(args, env, agent, replay, obs):
     """Make an environment step and store its row. Returns the next observation."""
     obs = np.array(obs)  # it may be reused
     t = replay.step
+    if t < 1_000:
+        replay.first.append(obs)
+    elif t == 1_000:
+        edm.check_digits("observations", np.array(replay.first))
     if t <= args.learning_starts:
         action = 2 * torch.rand(agent.act_dim, device=args.device) - 1
     else:
@@ -500,23 +504,22 @@ def retrain(args, run, agent, replay, save):
     is_dmc = args.env.startswith("dmc/")  # d is 0 there, and not modelled
     columns = real[:, :-1] if is_dmc else real
     raw_columns = [] if is_dmc else [-1]
+    reward = agent.obs_dim + agent.act_dim  # its column
     if not args.standardize_reward:
-        raw_columns.append(agent.obs_dim + agent.act_dim)
+        raw_columns.append(reward)
     seed = ((args.seed + args.diffusion_seed) * 1_000_003 + replay.step) % 2**63
     values = {}
     quiet = copy.copy(edm.NO_RUN)
     quiet.log = lambda step, loss: values.update(loss)
     options = dict(make=make, raw_columns=raw_columns, device=args.device, run=quiet)
+    options["starts"] = edm.episode_starts(real, agent.obs_dim)
     model = edm.train_edm(columns, replace(args, diffusion_seed=seed), **options)
-    clock = time.time()
-    if is_dmc:
-        rows = F.pad(edm.generate(model, args.num_samples, seed), (0, 1))
-    else:  # rounds d, unlike the official code
-        rows = edm.generate_transitions(model, real, args.num_samples, seed)
+    clock = time.time()  # below, d is rounded, unlike in the official code
+    rows = edm.generate_transitions(model, real, args.num_samples, seed, reward=reward)
     values["perf/diffusion_seconds"] = clock - start
     values["perf/samples_per_sec"] = len(rows) / (time.time() - clock)
     edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, agent.obs_dim))
-    report = edm.quality_report(real, rows)
+    report = edm.quality_report(real, rows, reward=reward)
     print("sample quality:", report)
     run.log(replay.step, values | {f"diffusion/{key}": x for key, x in report.items()})
     replay.synthetic = rows.to(args.device)
@@ -631,7 +634,6 @@ def fill_args(args):
 def main(args):
     """Environment -> replay buffer -> diffusion model -> generated transitions -> agent."""
     fill_args(args)
-    edm.join_processes(args.device)  # under torchrun, only the first returns
     env, *envs = [make_env(args.env) for _ in range(1 + args.eval_episodes)]
     obs_dim = env.observation_space.shape[0]
     act_dim = env.action_space.shape[0]
@@ -643,7 +645,7 @@ def main(args):
     width = 2 * obs_dim + act_dim + 2
     rows = torch.zeros(min(args.total_steps, CAPACITY), width, device=args.device)
     # step: environment steps so far; model_step: as many at the last diffusion model
-    replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0)
+    replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0, first=[])
     evaluations = train(args, run, agent, replay, env, envs)
     if args.save_dataset and not Path(args.save_dataset).exists():
         save_dataset(args.save_dataset, env, replay)

@@ -649,10 +649,11 @@ def generate_synthetic(args, run, agent, real):
     model = edm.train_edm(real, args, make=make, device=args.device, run=run)
     edm.save_edm(run.folder / "diffusion.pt", model)
     clock = time.time()
-    rows = edm.generate(model, args.num_samples, args.diffusion_seed)
+    real = F.pad(real, (0, 1))  # all d are 0
+    rows = edm.generate_transitions(model, real, args.num_samples, args.diffusion_seed)
     rate = len(rows) / (time.time() - clock)
     run.log(args.diffusion_steps, {"perf/samples_per_sec": rate})
-    arrays = edm.unpack(F.pad(rows, (0, 1)), agent.latent_dim, agent.act_dim)  # all d are 0
+    arrays = edm.unpack(rows, agent.latent_dim, agent.act_dim)
     edm.save_npz(run.folder / "synthetic.npz", arrays)
 
 
@@ -664,16 +665,15 @@ def agent_rows(args, run, agent, real):
         path = run.folder / "synthetic.npz"
         if not path.exists():
             generate_synthetic(args, run, agent, real)
-        rows = edm.pack(**edm.load_transitions(path))[:, :-1]
+        rows = edm.pack(**edm.load_transitions(path))
         if run.saved["stage"] != "stage2":
-            report = edm.quality_report(real, rows)
-            del report["terminals"], report["terminals_real"]  # the last column is a feature
-            print("sample quality:", report)
-            if report["marginal"] < 0.8:
-                print("marginal < 0.8: poor samples")
-            run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (agent.latent_dim, agent.act_dim)
+            real = F.pad(real, (0, 1))
+            report = edm.quality_report(real, rows, reward=sum(sizes))
+            print("sample quality:", report)
+            run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             edm.plot_marginals(run.folder / "marginals.png", real, rows, *sizes)
+        rows = rows[:, :-1]
     print(f"the heads learn from {len(rows):,} latent transitions ({args.data})")
     return rows.to(args.device)
 
@@ -752,7 +752,6 @@ def write_results(run, evaluations):
 def main(args):
     """Images -> agent -> its latents -> diffusion model -> generated latents -> heads -> scores."""
     fill_args(args)
-    edm.join_processes(args.device)  # under torchrun, only the first returns
     if args.device == "cpu":
         keep_freed_memory()
     files = find_files(args)

@@ -821,7 +821,9 @@ def quality_report(real, synthetic, *, reward=None, others=None):
             print(f"{name} is off by {off:.3g}, more than twice its error, {error:.1g}")
     if report["marginal"] < 0.8 or report["invalid"] > 0:
         print("poor samples: marginal < 0.8, or values that no real row has")
-    return {key: round(value, 5) for key, value in report.items()}
+    report = {key: round(value, 5) for key, value in report.items()}
+    print("sample quality:", report)
+    return report
 
 
 def plot_marginals(path, real, synthetic, obs_dim, act_dim):
@@ -1108,9 +1110,10 @@ def main(args):
     options = dict(starts=episode_starts(real, sizes[0]), raw_columns=[-1], device=args.device)
     model = train_edm(real, args, run=run, **options)
     save_edm(out.with_suffix(".pt"), model)
-    rows = generate_transitions(model, real, args.num_samples, args.diffusion_seed)
+    size = (args.num_samples, args.diffusion_seed)
+    rows = generate_transitions(model, real, *size, reward=sum(sizes))
     save_npz(out, unpack(rows, *sizes))
-    print("sample quality:", quality_report(real, rows))
+    quality_report(real, rows, reward=sum(sizes))
     plot_marginals(out.with_suffix(".png"), real, rows, *sizes)
     checkpoint.unlink()
     os.unlink(own.name)

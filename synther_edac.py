@@ -73,7 +73,7 @@ class Args(edm.DiffusionArgs):
     eta: Optional[edm.NotNegative] = None  # weight of diversity (paper: 1; some 5 or 0.1)
 
     # Evaluation
-    eval_every: edm.Count = 5_000  # updates per evaluation, log and checkpoint
+    eval_every: edm.Count = 5_000  # updates between evaluations
     eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
@@ -434,14 +434,14 @@ def load_real(args, envs):
         if largest.max() > real.max_action:
             print(f"some actions are beyond the bound +-{real.max_action}")
     elif largest.max() > 10 * largest.min():
-        print("the columns of actions differ in scale: rescale them")
+        print("columns of actions differ in scale: rescale them")
     if args.subsample:
         num_rows = len(real.rows)
         count = round(args.subsample * num_rows if args.subsample <= 1 else args.subsample)
         if not 2 <= count <= num_rows:
             raise edm.RunError(f"--subsample asks for {count} transitions, not 2 to {num_rows}")
         chosen = np.random.default_rng(args.diffusion_seed).choice(num_rows, count, replace=False)
-        real.others = torch.from_numpy(np.delete(real.rows.numpy(), chosen, axis=0))
+        real.others = torch.from_numpy(np.delete(real.rows.numpy(), chosen, 0))
         real.rows = real.rows[chosen]
         real.starts = real.starts[chosen]
     return real
@@ -453,7 +453,7 @@ def load_synthetic(args, real, path):
     data = edm.load_transitions(path, sizes=(real.obs_dim, real.act_dim))
     rows = edm.pack(**data)[: args.num_samples]
     if args.data == "mixed" and len(rows) < len(real.rows):
-        raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, and {path} has {len(rows)}")
+        raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, not {len(rows)}")
     return rows
 
 
@@ -485,9 +485,9 @@ def agent_rows(args, run, real, synthetic):
             synthetic = generate_synthetic(args, run, real)
         rows = synthetic if args.data == "synther" else torch.cat([real.rows, synthetic])
         if run.saved["stage"] != "agent":
-            options = dict(reward=real.reward, others=real.others)
-            report = edm.quality_report(real.rows, synthetic, **options)
-            print("sample quality:", report)
+            report = edm.quality_report(
+                real.rows, synthetic, reward=real.reward, others=real.others
+            )
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (real.obs_dim, real.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real.rows, synthetic, *sizes)
@@ -574,7 +574,7 @@ def fill_args(args):
     edm.check_args(args)
     suffix = Path(args.env).suffix
     if suffix in (".hdf5", ".h5", ".npz") or (args.env == "quickstart" and args.dataset_path):
-        raise edm.RunError("--dataset-path names a file, --env where to evaluate, as Walker2d-v4")
+        raise edm.RunError("--dataset-path names the file, --env where to evaluate")
     if args.data == "real" and args.synthetic_path:
         raise edm.RunError("--synthetic-path has no use with --data real")
 

@@ -4,8 +4,6 @@ Synthetic Experience Replay (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2303
 4.1, with the agent of Kostrikov et al. (2021). All else is as in synther_td3bc.py.
 
     python synther_iql.py
-
-ends at a score of about 24; with --data real at about 19.
 """
 
 import contextlib
@@ -61,16 +59,16 @@ class Args(edm.DiffusionArgs):
     batch_size: edm.Count = 256  # rows per update (paper)
     hidden_dim: edm.Count = 256  # units per layer (paper)
     hidden_layers: edm.Count = 2  # (paper)
-    learning_rate: edm.Positive = 3e-4  # Adam's (paper); actor's: to 0
+    learning_rate: edm.Positive = 3e-4  # Adam's (paper)
     discount: edm.Fraction = 0.99  # gamma (paper)
-    tau: Optional[edm.Fraction] = None  # of the targets' average (paper: 0.005)
+    tau: Optional[edm.Fraction] = None  # of targets (paper: 0.005)
     expectile: Optional[edm.Fraction] = None  # of Q (paper: 0.7)
     beta: Optional[edm.NotNegative] = None  # of advantages (paper: 3)
     deterministic: Optional[bool] = None  # actor (paper: some of hopper)
-    normalize_reward: Optional[bool] = None  # by returns (paper: some of hopper)
+    normalize_reward: Optional[bool] = None  # (paper: some of hopper)
 
     # Evaluation
-    eval_every: edm.Count = 5_000  # updates per evaluation, log and checkpoint
+    eval_every: edm.Count = 5_000  # updates between evaluations
     eval_episodes: Optional[edm.NotNegativeInt] = None  # per evaluation; 0: none
 
 
@@ -174,7 +172,7 @@ class IQL(nn.Module):
         self.optimizers["actor"].param_groups[0]["lr"] = lr
 
     def anneal(self, number):
-        """Set the actor's learning rate, a cosine that falls to 0."""
+        """Set the actor's learning rate: a cosine to 0."""
         angle = math.pi * (number - 1) / self.args.updates
         lr = 0.5 * self.args.learning_rate * (1 + math.cos(angle))
         self.optimizers["actor"].param_groups[0]["lr"].fill_(lr)
@@ -430,14 +428,14 @@ def load_real(args, envs):
         if largest.max() > real.max_action:
             print(f"some actions are beyond the bound +-{real.max_action}")
     elif largest.max() > 10 * largest.min():
-        print("the columns of actions differ in scale: rescale them")
+        print("columns of actions differ in scale: rescale them")
     if args.subsample:
         num_rows = len(real.rows)
         count = round(args.subsample * num_rows if args.subsample <= 1 else args.subsample)
         if not 2 <= count <= num_rows:
             raise edm.RunError(f"--subsample asks for {count} transitions, not 2 to {num_rows}")
         chosen = np.random.default_rng(args.diffusion_seed).choice(num_rows, count, replace=False)
-        real.others = torch.from_numpy(np.delete(real.rows.numpy(), chosen, axis=0))
+        real.others = torch.from_numpy(np.delete(real.rows.numpy(), chosen, 0))
         real.rows = real.rows[chosen]
         real.starts = real.starts[chosen]
     return real
@@ -449,7 +447,7 @@ def load_synthetic(args, real, path):
     data = edm.load_transitions(path, sizes=(real.obs_dim, real.act_dim))
     rows = edm.pack(**data)[: args.num_samples]
     if args.data == "mixed" and len(rows) < len(real.rows):
-        raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, and {path} has {len(rows)}")
+        raise edm.RunError(f"--data mixed needs {len(real.rows)} rows, not {len(rows)}")
     return rows
 
 
@@ -481,9 +479,9 @@ def agent_rows(args, run, real, synthetic):
             synthetic = generate_synthetic(args, run, real)
         rows = synthetic if args.data == "synther" else torch.cat([real.rows, synthetic])
         if run.saved["stage"] != "agent":
-            options = dict(reward=real.reward, others=real.others)
-            report = edm.quality_report(real.rows, synthetic, **options)
-            print("sample quality:", report)
+            report = edm.quality_report(
+                real.rows, synthetic, reward=real.reward, others=real.others
+            )
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             sizes = (real.obs_dim, real.act_dim)
             edm.plot_marginals(run.folder / "marginals.png", real.rows, synthetic, *sizes)
@@ -582,7 +580,7 @@ def fill_args(args):
     edm.check_args(args)
     suffix = Path(args.env).suffix
     if suffix in (".hdf5", ".h5", ".npz") or (args.env == "quickstart" and args.dataset_path):
-        raise edm.RunError("--dataset-path names a file, --env where to evaluate, as Walker2d-v4")
+        raise edm.RunError("--dataset-path names the file, --env where to evaluate")
     if args.data == "real" and args.synthetic_path:
         raise edm.RunError("--synthetic-path has no use with --data real")
 

@@ -91,7 +91,8 @@ DEFAULTS = {
     "": dict(total_steps=100_000, learning_starts=5_000, eval_every=1_000, retrain_every=10_000)
     | dict(diffusion_steps=100_000, num_samples=1_000_000, standardize_reward=True),
 }
-ALGOS = dict(sac=dict(utd=1, num_q=2), redq=dict(utd=20, num_q=10), synther=dict(utd=20, num_q=2))
+ALGOS = dict(sac=dict(utd=1, num_q=2), redq=dict(utd=20, num_q=10))
+ALGOS["synther"] = dict(utd=20, num_q=2)
 CAPACITY = 1_000_000  # rows in the replay buffer
 
 # --- SAC ---
@@ -461,11 +462,10 @@ def act(args, env, agent, replay, obs):
     """Make an environment step and store its row. Returns the next observation."""
     obs = np.array(obs)  # it may be reused
     t = replay.step
-    if t < 1_000:
-        replay.first.append(obs)
-    elif t == 1_000:
+    if t == args.learning_starts:
         edm.check_digits("observations", np.array(replay.first))
     if t <= args.learning_starts:
+        replay.first.append(obs)
         action = 2 * torch.rand(agent.act_dim, device=args.device) - 1
     else:
         s = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
@@ -476,7 +476,6 @@ def act(args, env, agent, replay, obs):
         raise edm.RunError(f"{what} became NaN or Inf at step {t}")
     with edm.errors_as("the environment failed"):
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        # A fall on the very step of the time limit is terminal too. In the official code it is not.
         row = np.hstack([obs, action, reward, next_obs, terminated], dtype=np.float32)
         if terminated or truncated:
             next_obs, _ = env.reset()
@@ -520,7 +519,6 @@ def retrain(args, run, agent, replay, save):
     values["perf/samples_per_sec"] = len(rows) / (time.time() - clock)
     edm.save_npz(run.folder / "synthetic.npz", edm.unpack(rows, agent.obs_dim))
     report = edm.quality_report(real, rows, reward=reward)
-    print("sample quality:", report)
     run.log(replay.step, values | {f"diffusion/{key}": x for key, x in report.items()})
     replay.synthetic = rows.to(args.device)
     replay.model_step = replay.step
@@ -628,7 +626,7 @@ def fill_args(args):
         path = Path(args.save_dataset)
         is_new = args.resume or not path.exists()
         if path.suffix not in (".hdf5", ".h5") or not path.parent.is_dir() or not is_new:
-            raise edm.RunError(f"--save-dataset must be a new .hdf5 file in a folder, not {path}")
+            raise edm.RunError(f"--save-dataset must be a new .hdf5 file, not {path}")
 
 
 def main(args):
@@ -642,8 +640,8 @@ def main(args):
     random.seed(args.seed)  # for some environments
     np.random.seed(args.seed % 2**32)
     agent = SAC(obs_dim, act_dim, args)
-    width = 2 * obs_dim + act_dim + 2
-    rows = torch.zeros(min(args.total_steps, CAPACITY), width, device=args.device)
+    size = (min(args.total_steps, CAPACITY), 2 * obs_dim + act_dim + 2)
+    rows = torch.zeros(size, device=args.device)
     # step: environment steps so far; model_step: as many at the last diffusion model
     replay = SimpleNamespace(rows=rows, synthetic=rows[:0], step=0, model_step=0, first=[])
     evaluations = train(args, run, agent, replay, env, envs)

@@ -670,7 +670,6 @@ def agent_rows(args, run, agent, real):
             sizes = (agent.latent_dim, agent.act_dim)
             real = F.pad(real, (0, 1))
             report = edm.quality_report(real, rows, reward=sum(sizes))
-            print("sample quality:", report)
             run.log(args.diffusion_steps, {f"diffusion/{key}": x for key, x in report.items()})
             edm.plot_marginals(run.folder / "marginals.png", real, rows, *sizes)
         rows = rows[:, :-1]

@@ -124,7 +124,10 @@ def test_scripts_leave_the_same_keys_and_samples(folders):
     data = edm.load_transitions(first / "synthetic.npz")
     model = edm.load_edm(first / "diffusion.pt")
     assert (model.mean[-1], model.std[-1]) == (0, 1) and (model.std[:-1] != 1).all()
-    assert_same_state(edm.pack(**data)[:, :-1], edm.generate(model, 1_500)[:, :-1])
+    args = synther_td3bc.Args(**json.loads((first / "args.json").read_text()))
+    real = synther_td3bc.load_real(args, [])
+    rows = edm.generate_transitions(model, real.rows, 1_500, reward=real.reward)
+    assert_same_state(edm.pack(**data), rows)
     keys = {key for _, key in read_metrics(first) if not key.startswith("train/")}
     for folder in others:
         own_keys = {key for _, key in read_metrics(folder)}
@@ -534,14 +537,14 @@ def test_run_is_of_one_process(tmp_path, monkeypatch, capsys, point, script):
     helpers.command(monkeypatch, script, resume=folder)
 
 
-LAST_CHECK = "--data mixed needs 1000 rows, and .*/few.npz has 99"  # nothing is made before it
+LAST_CHECK = "--data mixed needs 1000 rows, not 99"  # nothing is made before it
 BAD_COMMANDS = {
     "(unknown dataset|cannot make the environment) walker3d": dict(env="walker3d-medium-v2"),
     "cannot make the environment no_such_module": dict(env="no_such_module:Env-v0"),
     "cannot make the environment antmaze-medium-v2": dict(env="antmaze-medium-v2"),
     "has .3, 1. observation and action dimensions, not .11, 3.": dict(env="Hopper-v4"),
-    "--dataset-path names a file, --env where": dict(env="quickstart"),
-    "--dataset-path names a file": dict(env="sub/data.hdf5"),
+    "--dataset-path names the file, --env where": dict(env="quickstart"),
+    "--dataset-path names the file": dict(env="sub/data.hdf5"),
     "No such file|cannot read": dict(dataset_path="nothing.npz"),
     "NaN": dict(dataset_path="bad.npz"),
     "--subsample cannot be -0.5": dict(subsample=-0.5),

@@ -494,7 +494,7 @@ BAD_COMMANDS = {
     "--num-q 1": "--num-q cannot be 1",
     "--algo sac --total-steps 400": "--total-steps must exceed --learning-starts",
     "--total-steps 700 --retrain-every 700": "--total-steps must exceed .* --retrain-every",
-    "--save-dataset old.hdf5": "--save-dataset must be a new .hdf5 file in a folder, not old.hdf5",
+    "--save-dataset old.hdf5": "--save-dataset must be a new .hdf5 file, not old.hdf5",
     "--save-dataset nowhere/new.hdf5": "--save-dataset must be a new .hdf5 file",
     "--save-dataset new.npz": "--save-dataset must be a new .hdf5 file",
     "--out-dir old.hdf5": "File exists|Not a directory",

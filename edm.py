@@ -184,8 +184,8 @@ def geglu(x):
 
 
 class Denoiser(nn.Module):
-    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Table 8),
-    or a plain MLP (Table 10). Ours: gates; waves, which help with sharp edges."""
+    """F_theta: a residual MLP over a row, told the noise level by random Fourier features (Table
+    8), or a plain MLP (Table 10). Ours: gates; waves, which help with sharp edges."""
 
     def __init__(self, dim, width=1024, depth=6, residual=True, time_dim=128, gated=False, waves=0):
         super().__init__()
@@ -221,9 +221,9 @@ class Denoiser(nn.Module):
 
 
 class RowModel(nn.Module):
-    """A generative model of rows, and their normaliser. A subclass needs two methods: `loss(x)`, the
-    mean loss of normalised rows [batch, dim], and `sample(num_rows)`, new rows in raw units.
-    `changes` are to the recipe, such as width=64."""
+    """A generative model of rows, and their normaliser. A subclass needs `loss(x)`, the mean loss of
+    normalised rows [batch, dim], and `sample(num_rows)`, new rows in raw units. `changes` are to
+    the recipe, such as width=64."""
 
     def __init__(self, dim, recipe=Recipe(), **changes):
         super().__init__()
@@ -277,8 +277,8 @@ def interpolate(x, xs, ys):
 
 
 class EDM(RowModel):
-    """D_theta: the denoiser with Karras' preconditioning (their Table 1). Ours: `early`, the denoiser
-    as it was early in the training, for the guidance."""
+    """D_theta: the denoiser with Karras' preconditioning (their Table 1). Ours: `early`, the
+    denoiser as it was early in the training, for the guidance."""
 
     P_MEAN = -1.2  # of ln(sigma) in training (Karras' Table 1)
     P_STD = 1.2
@@ -315,8 +315,8 @@ class EDM(RowModel):
         return (weight * (denoised - x) ** 2).sum() / x.numel()
 
     def denoise(self, x, sigma):
-        """`forward` with autoguidance (Karras et al. 2024): at low noise, away from the early estimate
-        by (guidance - 1) * sigma at most, but within the knots."""
+        """`forward` with autoguidance (Karras et al. 2024): at low noise, away from the early
+        estimate by (guidance - 1) * sigma at most, but within the knots."""
         denoised = self(x, sigma)
         if self.early is not None and sigma <= self.GUIDED_BELOW:
             change = denoised - self(x, sigma, self.early)
@@ -542,8 +542,7 @@ def train_edm(
     model = make(rows.shape[1], recipe)
     model.starts = rows[:, 0].new_zeros(len(rows)) if starts is None else starts.float()
     model.fit_normalizer(rows, raw_columns)
-    if recipe.rare_share:
-        rows = rows.repeat_interleave(repeats(rows, model.starts, recipe.rare_share), dim=0)
+    rows = rows.repeat_interleave(repeats(rows, model.starts, recipe.rare_share), dim=0)
     x = model.to(device).normalize(rows.to(device))
     return run_training(model, x, args, settings, device, run)
 
@@ -630,16 +629,13 @@ def generate(model, num_samples, seed=0, **changes):
 
 
 def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **changes):
-    """`generate` rows [s, a, r, s', d] like those that the model learned from, `real` [N, dim], with
-    terminals 0 or 1. By the recipe's terminals, a decision tree gives d, and r, column `reward`, if
-    its values are few: it finds limits of s' exactly, where the model misses most rare terminals.
-    By its rare_share, rare rows have their share in `real`. Both are ours."""
+    """`generate` rows [s, a, r, s', d] like `real` [N, dim], which the model learned from. d is 0 or
+    1. Ours, in `fast`: a decision tree, which finds limits of s' exactly, gives d, and r (column
+    `reward`) if its values are few. Rare rows have their share in `real`."""
     recipe = replace(model.recipe, **changes)
     starts = model.starts if len(model.starts) == len(real) else real.new_zeros(len(real))
-    times = 1.0
-    if recipe.rare_share:
-        times = repeats(real, starts, recipe.rare_share).double().mean().item()
-    surplus = 1.03 * times if times > 1 else 1
+    times = repeats(real, starts, recipe.rare_share).double().mean().item()
+    surplus = 1.05 * times if times > 1 else 1
     rows = generate(model, math.ceil(surplus * num_samples), seed, **changes)
     rows = F.pad(rows, (0, real.shape[1] - rows.shape[1]))  # the model may have no d
     rows[:, -1] = rows[:, -1] > 0.5
@@ -656,9 +652,9 @@ def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **cha
 
 
 def clusters(real, x):
-    """Compare values x [M] of a column with the clusters of its real values [N]: these values, if
-    they are few and repeat, else what wide gaps divide. Gives the number [M] of the nearest cluster,
-    the nearest value in it [M], and the share [C] of real rows in each; 1 if there are over 20."""
+    """Compare values x [M] of a column with clusters of its real values [N]: each value, if they
+    are few and repeat, else what wide gaps divide. Gives for each x the number of its cluster and
+    the nearest value there, and each cluster's share [C] of real rows; 1 if there are over 20."""
     values, counts = np.unique(real, return_counts=True)
     low, high = np.quantile(values, [0.25, 0.75])
     is_discrete = len(values) <= 100 and np.median(counts) >= 5
@@ -673,9 +669,9 @@ def clusters(real, x):
 
 def repeats(rows, starts, share):
     """How often to train on each row [N], so that starts, and each rare cluster of a column, become
-    `share` of them: at most 40 times, and at most a tenth of all rows is repeated."""
+    `share` of them: at most 40 times, and all repeats are at most a tenth of the rows."""
     extra = np.zeros(len(rows))
-    for x in torch.cat([rows, starts[:, None]], dim=1).numpy().T:
+    for x in torch.cat([rows, starts[:, None]], dim=1).numpy().T if share else []:
         number, _, shares = clusters(x, x)
         extra = np.maximum(extra, (share / shares - 1)[number])
     extra = extra.clip(0, 39)
@@ -705,8 +701,8 @@ def one_hot_groups(rows):
 
 @own_randomness
 def thin(rows, real, starts, num_samples):
-    """num_samples of rows [M, dim]. Discrete columns get values of real rows [N, dim]. Rare clusters
-    of a column, and states like those of starts [N], get the share that they have there."""
+    """num_samples of rows [M, dim]. Discrete columns get values of real rows [N, dim]. Rare
+    clusters of a column, and states like the starts, get the share that they have there."""
     torch.manual_seed(0)
     both = torch.cat([real, rows])
     for group in one_hot_groups(real):
@@ -774,8 +770,8 @@ def quality_report(real, synthetic, *, reward=None, others=None):
     marginal, correlation, c2st: see there; the last without d. c2st_real: of real rows alone.
     detection: c2st in the unit of SDMetrics; 1 is perfect.
     nearest: median distance to a real row. Of copies it is far below nearest_real.
-    membership: can one tell real rows from `others` [K, dim], which the model has not seen, by their
-        distance to a generated row? Area under the ROC curve; 0.5 if not.
+    membership: can one tell real rows from `others` [K, dim], which the model has not seen, by
+        their distance to a generated row? Area under the ROC curve; 0.5 if not.
     invalid: share of rows with a value that no real row has.
     terminals, reward, ...: mean of d, of column `reward`, share of each rare cluster. Prints those
         that are off by more than twice their error."""
@@ -827,8 +823,8 @@ def quality_report(real, synthetic, *, reward=None, others=None):
 
 
 def plot_marginals(path, real, synthetic, obs_dim, act_dim):
-    """Histograms of real and generated columns (Figure 8) as a PNG; of more than 48, an even choice.
-    Extra columns, between r and s', are named x."""
+    """Histograms of real and generated columns (Figure 8) as a PNG; of more than 48, an even
+    choice. Extra columns, between r and s', are named x."""
     sizes = dict(s=obs_dim, a=act_dim, r=1, x=real.shape[1] - 2 * obs_dim - act_dim - 2)
     names = []
     for name, size in (sizes | {"s'": obs_dim, "d": 1}).items():

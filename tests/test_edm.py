@@ -624,28 +624,96 @@ def test_clusters_are_few_values_or_parts_between_wide_gaps():
 
 
 def rare_rows(num_rows):
-    """Rows [s, one of four, r, s', d], and starts: 2% of r are 1 higher by 1,000, 1% of d are 1, where
-    s' > 2.3 or so, and half a percent begin an episode."""
+    """Rows [s, one of four, r, s', d], and starts. Of r, 1% are 1,000 higher; d is 1 where s' is in
+    its highest 1%; half a percent begin an episode, where s is about 4."""
     rng = np.random.default_rng(0)
     s = rng.normal(size=(num_rows, 2))
     starts = np.arange(num_rows) % 200 == 0
     s[starts] = 4 + 0.01 * s[starts]
+    next_s = 0.9 * s + 0.1 * rng.normal(size=s.shape)
     reward = rng.uniform(size=num_rows) + 1_000 * (np.arange(num_rows) % 100 == 1)
-    rows = np.column_stack([s, np.eye(4)[rng.integers(4, size=num_rows)], reward, s])
-    rows = np.column_stack([rows, s[:, 0] > np.quantile(s[~starts, 0], 0.99)])
-    return torch.from_numpy(rows).float(), torch.from_numpy(starts)
+    done = next_s[:, 1] > np.quantile(next_s[:, 1], 0.99)
+    rows = [s, np.eye(4)[rng.integers(4, size=num_rows)], reward, next_s, done]
+    return torch.from_numpy(np.column_stack(rows)).float(), torch.from_numpy(starts)
 
 
 def test_rare_rows_are_repeated_up_to_a_share():
     rows, starts = rare_rows(10_000)
     times = edm.repeats(rows, starts.float(), 0.02)
     bonus = rows[:, 6] > 500
-    assert (times[starts] == 4).all() and (times[bonus] == 2).all()
-    assert times[~starts & ~bonus & (rows[:, -1] == 0)].max() == 1
+    done = rows[:, -1] > 0.5
+    assert (times[starts] == 4).all() and (times[bonus | done] >= 2).all()
+    assert times[~starts & ~bonus & ~done].max() == 1
     few = starts & (torch.arange(10_000) < 250)  # two of 10,000
     assert (edm.repeats(rows, few.float(), 0.02)[few] == 40).all()
-    for recipe, mask, num_rows in (("paper", starts, 10_000), ("fast", None, 10_000 + times)):
-        pass
+    many = torch.cat([rows[:, :6], torch.arange(10_000)[:, None] % 20 < torch.arange(20)], dim=1)
+    assert edm.repeats(many, few.float(), 0.02).float().mean() < 1.2
+
+
+class Surplus(RowModel):
+    """Gives rows like those of `rare_rows`, with errors, and each kind of rare ones too often."""
+
+    def sample(self, num_rows):
+        rows, starts = rare_rows(40_000)
+        often = starts | (rows[:, 6] > 500) | (rows[:, -1] > 0.5)
+        weight = 1 + 2.0 * often
+        rows = rows[weight.multinomial(num_rows, replacement=True)]
+        rows += torch.tensor([0.05, 0.05, 0.2, 0.2, 0.2, 0.2, 0.1, 0.05, 0.05, 0.2]) * torch.randn(
+            10
+        )
+        rows[::50, 6] = 400 + rows[::50, 6] % 1  # in the gap
+        return rows
+
+
+def test_samples_have_values_and_shares_of_the_real_rows():
+    """Whatever the model gives too often: bonus, terminals, starts. One-hot columns are one-hot."""
+    rows, starts = rare_rows(10_000)
+    rows[:, -1] = rows[:, 8] > rows[:, 8].quantile(0.99)
+    model = Surplus(10, edm.RECIPES["fast"])
+    model.starts = starts.float()
+    new = edm.generate_transitions(model, rows, 20_000)
+    assert len(new) == 20_000 and torch.equal(new, edm.generate_transitions(model, rows, 20_000))
+    assert ((new[:, 2:6] == 0) | (new[:, 2:6] == 1)).all() and (new[:, 2:6].sum(1) == 1).all()
+    for x, y in ((rows[:, 6] > 500, new[:, 6] > 500), (rows[:, -1], new[:, -1])):
+        assert y.double().mean() == pytest.approx(x.double().mean(), rel=0.02)
+    assert (rows[:, 6] > 1).float().mean() == pytest.approx(
+        (new[:, 6] > 1).float().mean(), rel=0.02
+    )
+    ends = new[:, 8] > rows[:, 8].quantile(0.99)
+    assert (new[:, -1] == ends).float().mean() > 0.999
+    close = [((x[:, :2] - 4).abs() < 0.5).all(1).double().mean() for x in (rows, new)]
+    assert close[1] == pytest.approx(close[0], rel=0.2)
+    column = edm.generate_transitions(model, rows, 20_000, rare_share=0.0)
+    assert (column[:, 6] > 500).float().mean() > 0.02  # as the model has it
+
+
+def test_reward_of_few_values_is_the_trees():
+    """It is 1 where s' > 1.5, which errors of the model's r do not change."""
+    real = torch.randn(5_000, 5, generator=torch.Generator().manual_seed(0))
+    real[:, 2] = real[:, 3] > 1.5
+    real[:, 4] = 0
+    model = edm.train_edm(real, diffusion_args(steps=50, recipe="fast"), raw_columns=[-1])
+    new = edm.generate_transitions(model, real, 3_000, reward=2)
+    assert (new[:, 2] == (new[:, 3] > 1.5)).float().mean() > 0.99
+    assert (
+        set(new[:, 2].tolist())
+        == {0.0, 1.0}
+        == set(edm.generate_transitions(model, real, 900)[:, 2].tolist())
+    )
+
+
+def test_recipe_decides_what_a_model_learns_from(monkeypatch):
+    """`fast` repeats rare rows, but fits the normaliser to the real ones. `paper` repeats none."""
+    rows, starts = rare_rows(2_000)
+    learned = {}
+    monkeypatch.setattr(edm, "run_training", lambda model, x, *_: learned.update({model: x}))
+    for recipe in ("fast", "paper"):
+        edm.train_edm(rows, diffusion_args(steps=1, recipe=recipe), starts=starts)
+    fast, paper = learned
+    assert torch.equal(fast.mean, paper.mean)
+    torch.testing.assert_close(fast.mean, rows.mean(0))
+    times = edm.repeats(rows, starts.float(), 0.02)
+    assert len(learned[paper]) == 2_000 and len(learned[fast]) == times.sum() > 2_000
 
 
 def sample_rows(n, seed):
@@ -1116,9 +1184,9 @@ def test_only_numbers_beyond_the_limits_of_their_type_are_refused(monkeypatch):
 TINY = dict(diffusion_steps=1_000, diffusion_width=16, num_samples=10_250, sample_batch_size=500)
 
 
-def start(folder, out, *launcher):
+def start(folder, out):
     """`python edm.py` in another process."""
-    words = [sys.executable, *launcher, edm.__file__]
+    words = [sys.executable, edm.__file__]
     for key, value in (TINY | dict(data="data.npz", device="cpu", out=out)).items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     pipe = subprocess.PIPE
@@ -1134,11 +1202,11 @@ def whole(tmp_path_factory):
     return folder
 
 
-def assert_goes_on(folder, name, *launcher):
+def assert_goes_on(folder, name):
     """The command, given again, writes what one that was never stopped does, to the last bit."""
     assert 0 < edm.load_torch(folder / f"{name}.checkpoint")["step"]
     assert not (folder / f"{name}.npz").exists()
-    process = start(folder, f"{name}.npz", *launcher)
+    process = start(folder, f"{name}.npz")
     said = process.communicate()[0]
     assert process.returncode == 0 and said.count("sample quality") == 1, said
     assert " 0/1000 " not in said
@@ -1156,18 +1224,6 @@ def test_command_killed_while_it_samples_goes_on(whole):
     process.kill()
     assert process.communicate() and process.returncode == -signal.SIGKILL
     assert_goes_on(whole, "killed")
-
-
-def test_two_processes_stopped_in_training_go_on_and_write_what_one_does(whole):
-    """When torchrun gets SIGTERM, the first process saves. 21 parts are sampled by two."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start(whole, "two.npz", *torchrun)
-    for line in process.stdout:
-        if line.startswith("diffusion"):  # the progress bar
-            process.terminate()
-    assert process.wait() != 0
-    assert edm.load_torch(whole / "two.checkpoint")["step"] < 1_000
-    assert_goes_on(whole, "two", *torchrun)
 
 
 BAD_OPTIONS = """data=nothing.npz data=data.csv out=old.npz out=old_model.npz out=out.hdf5

@@ -453,8 +453,8 @@ def load_torch(path, device="cpu"):
     with errors_as(f"cannot read {path}, and if it is damaged, delete it"):
         saved = torch.load(path, map_location=device, weights_only=True)
     own = (torch.cuda if device == "cuda" else torch).get_rng_state()
-    if "rng" in saved and len(saved["rng"]) != len(own):  # of another kind of device
-        saved["rng"] = own
+    if isinstance(saved, dict) and len(saved.get("rng", own)) != len(own):
+        saved["rng"] = own  # of another kind of device
     return saved
 
 

@@ -750,9 +750,41 @@ def test_quality_report_holds_the_measures_and_repeats_itself():
     for measure in (edm.marginal, edm.correlation):
         assert report[measure.__name__] == pytest.approx(measure(real, synthetic), abs=1e-5)
     assert report["c2st"] > 0.9 and report["c2st_real"] == pytest.approx(0.5, abs=0.1)
+    assert report["detection"] == pytest.approx(2 - 2 * report["c2st"], abs=1e-4)
     assert report["terminals_real"] == report["terminals"] == pytest.approx(0.1, abs=1e-3)
     assert edm.quality_report(real, synthetic) == report
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_quality_report_says_what_is_missing(capsys):
+    """Half of the bonuses, terminals half too many, values that no real row has."""
+    real, starts = rare_rows(10_000)
+    edm.quality_report(real, real.flip(0), reward=6)
+    assert re.fullmatch("sample quality: .*\n", capsys.readouterr().out)
+    new = real.clone()
+    bonus = (real[:, 6] > 500).nonzero().flatten()
+    new[bonus[::2], 6] -= 1_000
+    new[:50, -1] = 1
+    new[-100:, 2] = 0.5
+    report = edm.quality_report(real, new, reward=6)
+    (share,) = [key for key in report if key.startswith("column6=100") and "real" not in key]
+    assert (report[f"{share}_real"], report[share]) == (0.01, 0.005)
+    assert report["reward"] == pytest.approx(report["reward_real"] - 5, abs=1e-3)
+    assert report["invalid"] == 0.01 and report["terminals"] > 0.012
+    said = capsys.readouterr().out
+    for line in (f"{share} is off by 0.005", "terminals is off by 0.004", "reward is off by 5, "):
+        assert line in said
+    assert "values that no real row has" in said
+
+
+def test_membership_tells_copies_from_samples():
+    rows = torch.randn(6_000, 4, generator=torch.Generator().manual_seed(0))
+    real, others, fresh = rows.split(2_000)
+    assert edm.quality_report(real, fresh, others=others)["membership"] == pytest.approx(
+        0.5, abs=0.05
+    )
+    assert edm.quality_report(real, real + 0.01, others=others)["membership"] > 0.95
+    assert "membership" not in edm.quality_report(real, fresh, others=rows[:0])
 
 
 @pytest.mark.parametrize("num_real", [400, 3_000])

@@ -362,6 +362,8 @@ def test_run_folder_and_log(first_run):
     assert names == {*FILES, "diffusion.pt", "synthetic.npz", "marginals.png"}
     keys = "diffusion/loss diffusion/marginal diffusion/correlation diffusion/nearest "
     keys += "diffusion/nearest_real diffusion/c2st diffusion/c2st_real train/critic_loss "
+    keys += "diffusion/detection diffusion/invalid diffusion/reward diffusion/reward_real "
+    keys += "diffusion/terminals diffusion/terminals_real "
     keys += "train/actor_loss eval/return_mean eval/return_std eval/normalized_score "
     keys += "perf/updates_per_sec perf/samples_per_sec perf/seconds"
     metrics = helpers.read_metrics(first_run)

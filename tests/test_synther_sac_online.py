@@ -337,7 +337,7 @@ def test_updates_and_their_batches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(edm, "generate", generate)
     monkeypatch.setattr(SAC, "update", update)
-    metrics = read_metrics(run(tmp_path, utd=3, eval_episodes=0, terminals="column"))
+    metrics = read_metrics(run(tmp_path, utd=3, eval_episodes=0, diffusion_recipe="paper"))
     assert metrics[100, "train/critic_loss"] == 3 and metrics[130, "train/actor_loss"] == 7
     assert [with_actor for _, with_actor in updates] == 80 * [False, False, True]
     batches = torch.stack([batch for batch, _ in updates])

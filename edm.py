@@ -55,8 +55,8 @@ def errors_as(what):
     try:
         yield
     except Exception as error:
-        message = f"{what}: {error} ({type(error).__name__})"
-        raise RunError(" ".join(message.split())) from None
+        kind = "" if isinstance(error, RunError) else f" ({type(error).__name__})"
+        raise RunError(" ".join(f"{what}: {error}{kind}".split())) from None
 
 
 @dataclass(frozen=True)
@@ -765,23 +765,26 @@ def c2st(real, synthetic, max_rows=15_000):
 
 @own_randomness
 def quality_report(real, synthetic, *, reward=None, others=None):
-    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers.
+    """How close generated rows [M, dim] are to real ones [N, dim]: a dict of numbers, printed.
 
     marginal, correlation, c2st: see there; the last without d. c2st_real: of real rows alone.
     detection: c2st in the unit of SDMetrics; 1 is perfect.
     nearest: median distance to a real row. Of copies it is far below nearest_real.
     membership: can one tell real rows from `others` [K, dim], which the model has not seen, by
         their distance to a generated row? Area under the ROC curve; 0.5 if not.
-    invalid: share of rows with a value that no real row has.
-    terminals, reward, ...: mean of d, of column `reward`, share of each rare cluster. Prints those
-        that are off by more than twice their error."""
+    invalid, terminals, reward, ...: share of rows with a value that no real row has, mean of d, of
+        column `reward`, share of each rare cluster. What is off by twice its error is said."""
     from sklearn.metrics import roc_auc_score
+
+    def some_of(rows, count):
+        chosen = rows[torch.randperm(len(rows))[:count]]
+        return (chosen - mean) / (std + 1e-5)
 
     torch.manual_seed(0)
     some = synthetic[:100_000]
     std, mean = torch.std_mean(real, dim=0)
-    points = (real[torch.randperm(len(real))[:50_000]] - mean) / (std + 1e-5)
-    new = (some - mean) / (std + 1e-5)
+    points = some_of(real, 50_000)
+    new = some_of(some, 50_000)
     queries, rest = points.tensor_split([min(1_000, len(points) // 2)])
     report = {
         "marginal": marginal(real, some),
@@ -793,21 +796,18 @@ def quality_report(real, synthetic, *, reward=None, others=None):
     }
     report["detection"] = 2 - 2 * max(report["c2st"], 0.5)
     if others is not None and len(others) > 0:
-        others = (others[torch.randperm(len(others))[:1_000]] - mean) / (std + 1e-5)
-        distance = torch.cdist(torch.cat([queries, others]), new[:50_000]).amin(1)
+        distance = torch.cdist(torch.cat([queries, some_of(others, 1_000)]), new).amin(1)
         report["membership"] = roc_auc_score(np.arange(len(distance)) < len(queries), -distance)
     both = torch.cat([real, some])
-    values = {"terminals": both[:, -1] > 0.5}
+    values = {"terminals": both[:, -1] > 0.5, "invalid": torch.zeros(len(both), dtype=bool)}
     if reward is not None:
         values["reward"] = both[:, reward]
-    is_invalid = np.zeros(len(both), bool)
     for i, x in enumerate(both.numpy().T):
         number, nearest, share = clusters(x[: len(real)], x)
-        is_invalid |= x != nearest
-        for k in np.flatnonzero(share < 0.02):
+        values["invalid"] |= torch.from_numpy(x != nearest)
+        for k in np.flatnonzero((share < 0.02) & (share * len(real) >= 5)):
             is_in = number == k
             values[f"column{i}={nearest[is_in].min():g}"] = torch.from_numpy(is_in)
-    report["invalid"] = is_invalid[len(real) :].mean().item()
     for name, x in values.items():
         real_x, new_x = x.double().tensor_split([len(real)])
         report |= {f"{name}_real": real_x.mean().item(), name: new_x.mean().item()}
@@ -815,8 +815,8 @@ def quality_report(real, synthetic, *, reward=None, others=None):
         off = abs(new_x.mean() - real_x.mean())
         if off > max(2 * error, 0.02 * real_x.std()):
             print(f"{name} is off by {off:.3g}, more than twice its error, {error:.1g}")
-    if report["marginal"] < 0.8 or report["invalid"] > 0:
-        print("poor samples: marginal < 0.8, or values that no real row has")
+    if report["marginal"] < 0.8:
+        print("marginal < 0.8: poor samples")
     report = {key: round(value, 5) for key, value in report.items()}
     print("sample quality:", report)
     return report
@@ -1048,11 +1048,11 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
     sizes: (obs_dim, act_dim) that the transitions must have. None: any."""
     source = str(source)
     name = source.replace("-mixed-", "-medium-replay-")  # D4RL's older name
-    path = BUNDLED if name == "quickstart" else Path(source)
-    if name in D4RL:
-        path = find_d4rl(name)
+    path = find_d4rl(name) if name in D4RL else Path(source)
+    if name == "quickstart":
+        path = BUNDLED
     is_id = "/" in source and source[0].isalnum() and source.rpartition("-v")[2].isdigit()
-    try:
+    with errors_as(f"cannot read {source}"):
         if path.suffix in (".hdf5", ".h5"):
             data = read_hdf5(path, true_next_obs, max_episode_steps)
         elif path.suffix == ".npz":
@@ -1062,9 +1062,7 @@ def load_transitions(source, true_next_obs=False, max_episode_steps=1000, sizes=
             data = read_arrays(read_minari(source), KEYS)
         else:
             known = f".hdf5, .h5 and .npz files, Minari ids, {', '.join(D4RL)}"
-            raise RunError(f"unknown dataset {source}; known are {known}")
-    except Exception as error:  # of many kinds
-        raise RunError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+            raise RunError(f"it is unknown; known are {known}")
     found = data["observations"].shape[1:] + data["actions"].shape[1:]
     if sizes not in (None, found):
         raise RunError(f"{source} has {found} observation and action dimensions, not {sizes}")

@@ -657,8 +657,8 @@ def clusters(real, x):
     the nearest value there, and each cluster's share [C] of real rows; 1 if there are over 20."""
     values, counts = np.unique(real, return_counts=True)
     low, high = np.quantile(values, [0.25, 0.75])
-    is_discrete = len(values) <= 100 and np.median(counts) >= 5
-    gaps = np.flatnonzero(np.diff(values) > (0 if is_discrete else 3 * (high - low)))
+    widest = 0 if np.median(counts) >= 5 else 3 * (high - low)
+    gaps = np.flatnonzero(np.diff(values) > widest)
     begins = np.append(0, gaps + 1)
     first = values[begins]
     last = values[np.append(gaps, -1)]

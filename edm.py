@@ -634,8 +634,8 @@ def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **cha
     `reward`) if its values are few. Rare rows have their share in `real`."""
     recipe = replace(model.recipe, **changes)
     starts = model.starts if len(model.starts) == len(real) else real.new_zeros(len(real))
-    times = repeats(real, starts, recipe.rare_share).double().mean().item()
-    surplus = 1.05 * times if times > 1 else 1
+    times = repeats(real, starts, recipe.rare_share)
+    surplus = 1.05 * times.double().mean().item() if times.max() > 1 else 1
     rows = generate(model, math.ceil(surplus * num_samples), seed, **changes)
     rows = F.pad(rows, (0, real.shape[1] - rows.shape[1]))  # the model may have no d
     rows[:, -1] = rows[:, -1] > 0.5
@@ -645,7 +645,7 @@ def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **cha
             targets.append(reward)
         inputs = [i for i in range(real.shape[1]) if i not in targets]
         rows[:, targets] = predict(rows[:, inputs], real[:, inputs], real[:, targets])
-    return thin(rows, real, starts, num_samples) if recipe.rare_share else rows
+    return thin(rows, real, starts, times, num_samples) if recipe.rare_share else rows
 
 
 # --- Rare rows and discrete columns ---
@@ -700,17 +700,19 @@ def one_hot_groups(rows):
 
 
 @own_randomness
-def thin(rows, real, starts, num_samples):
+def thin(rows, real, starts, times, num_samples):
     """num_samples of rows [M, dim]. Discrete columns get values of real rows [N, dim]. Rare
     clusters of a column, and states like the starts, get the share that they have there."""
     torch.manual_seed(0)
     both = torch.cat([real, rows])
     for group in one_hot_groups(real):
         both[:, group] = F.one_hot(both[:, group].argmax(1), group.stop - group.start).to(both)
-    blurred = real + 0.1 * real.std(0) * torch.randn_like(real)  # as the model's errors are
-    leaf = max(1, int(starts.sum()) // 2)
-    options = dict(class_weight="balanced", min_samples_leaf=leaf)
-    kind = predict(both, blurred, starts[:, None], **options)[:, 0].long().numpy()
+    learned = real.repeat_interleave(times, dim=0)
+    learned += 0.1 * real.std(0) * torch.randn_like(learned)  # as the model's errors
+    starts = starts.repeat_interleave(times)[:, None]
+    leaf = max(1, int(starts.sum()) // 8)
+    kind = predict(both, learned, starts, class_weight="balanced", min_samples_leaf=leaf)
+    kind = kind[:, 0].long().numpy()
     for x in both.numpy().T:
         number, x[:], share = clusters(x[: len(real)], x)
         if (share < 0.1).any():  # a number for each combination of rare clusters

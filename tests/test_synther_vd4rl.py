@@ -361,7 +361,7 @@ def test_run_folder_and_log(first_run):
     names = {path.name for path in first_run.iterdir()}
     assert names == {*FILES, "diffusion.pt", "synthetic.npz", "marginals.png"}
     keys = "diffusion/loss diffusion/marginal diffusion/correlation diffusion/nearest "
-    keys += "diffusion/nearest_real diffusion/c2st diffusion/c2st_real train/critic_loss "
+    keys += "diffusion/nearest_real diffusion/c2st train/critic_loss diffusion/invalid_real "
     keys += "diffusion/detection diffusion/invalid diffusion/reward diffusion/reward_real "
     keys += "diffusion/terminals diffusion/terminals_real "
     keys += "train/actor_loss eval/return_mean eval/return_std eval/normalized_score "

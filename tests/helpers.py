@@ -1,4 +1,4 @@
-"""What tests share: small datasets, plain critics, runs in this process, comparisons."""
+"""What tests share: small datasets, runs in this process, comparisons."""
 
 import csv
 import itertools
@@ -15,7 +15,6 @@ import minari
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from minari.data_collector import EpisodeBuffer
 
 import edm
@@ -87,18 +86,6 @@ def make_minari(monkeypatch, folder, **options):
     with warnings.catch_warnings(action="ignore"):
         minari.create_dataset_from_buffers("test/two-v0", buffers, **options)
     return {key: np.concatenate(x) for key, x in zip(edm.KEYS, zip(*parts))}
-
-
-def plain(ensemble):
-    """The members of an EnsembleCritic as ordinary networks with the same weights."""
-    nets = nn.ModuleList()
-    for k in range(len(ensemble.weights[0])):
-        layers = []
-        for weight, bias in zip(ensemble.weights, ensemble.biases):
-            layers += [nn.Linear(*weight.shape[1:]), nn.ReLU()]
-            layers[-2].load_state_dict(dict(weight=weight[k].T, bias=bias[k, 0]))
-        nets.append(nn.Sequential(*layers[:-1]))
-    return nets
 
 
 def command(monkeypatch, script, **options):

@@ -1,12 +1,10 @@
 """Tests of synther_iql.py: agent, table, rewards. test_siblings.py has what scripts share."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import plain
+from plain_agents import plain_iql
 
 import edm
 import synther_iql
@@ -25,39 +23,14 @@ def test_iql_equals_a_plain_implementation(float64, deterministic):
     torch.manual_seed(0)
     values = dict(expectile=0.8, beta=2.0, tau=0.01, learning_rate=1e-3, hidden_dim=16, updates=100)
     agent = IQL(3, 2, 1.5, filled(deterministic=deterministic, **values))
-    mean = copy.deepcopy(agent.actor.net)
-    log_std = copy.deepcopy(agent.actor.log_std)
-    critics = plain(agent.critic)
-    value = plain(agent.value)[0]
-    targets = copy.deepcopy(critics)
-    actor_params = [*mean.parameters()] + ([] if deterministic else [log_std])
-    params = [value.parameters(), critics.parameters(), actor_params]
-    optimizers = [torch.optim.Adam(p, 1e-3) for p in params]
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[2], 100)
+    assert isinstance(agent.actor.net[-1], nn.Tanh) == deterministic
+    update = plain_iql(agent)
     for i in range(100):
         batch = torch.cat([torch.randn(32, 9), 1.0 * (torch.rand(32, 1) > 0.8)], 1)
         agent.anneal(i + 1)
-        losses = agent.update(batch)
-        s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
-        x = torch.cat([s, a], 1)
-        y = (r + (1 - d) * 0.99 * value(s_next)).detach()
-        advantage = torch.min(targets[0](x), targets[1](x)).detach() - value(s)
-        v_loss = ((0.8 - (advantage < 0).double()).abs() * advantage**2).mean()
-        q_loss = sum(nn.functional.mse_loss(critic(x), y) for critic in critics) / 2
-        distance = ((1.5 * mean(s) - a) ** 2).sum(1)
-        if not deterministic:
-            distance = -torch.distributions.Normal(1.5 * mean(s), log_std.exp()).log_prob(a).sum(1)
-        actor_loss = ((2.0 * advantage.detach()[:, 0]).exp().clamp(max=100) * distance).mean()
-        for optimizer, loss in zip(optimizers, (v_loss, q_loss, actor_loss)):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-        for p, t in zip(critics.parameters(), targets.parameters()):
-            t.data.copy_(0.01 * p.data + 0.99 * t.data)
-        expected = torch.stack([q_loss, v_loss, actor_loss])
-        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
-    assert isinstance(mean[-1], nn.Tanh) == deterministic
+        losses = agent.update(batch).tolist()
+        expected = update(i, *batch.split([3, 2, 1, 3, 1], 1))
+        assert losses == pytest.approx(expected, rel=1e-9, abs=0)
 
 
 def test_weight_std_and_action_are_bounded():

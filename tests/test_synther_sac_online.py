@@ -1,6 +1,5 @@
 """Tests of synther_sac_online.py: agent, environments, replay buffer, whole and stopped runs."""
 
-import copy
 import json
 import math
 import re
@@ -15,7 +14,8 @@ import pytest
 import torch
 from dm_control import suite
 from dm_control.rl import control
-from helpers import assert_refused, assert_same_state, command, plain, read_metrics
+from helpers import assert_refused, assert_same_state, command, read_metrics
+from plain_agents import plain_sac
 
 import edm
 import synther_sac_online as online
@@ -176,57 +176,17 @@ def test_initial_weights():
 def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
     """100 updates in the order of REDQ's code. All losses are the same only if all parameters are."""
     torch.manual_seed(0)
-    agent = make_agent(num_q=num_q, target_entropy=entropy)
-    actor = copy.deepcopy(agent.actor)
-    critic = plain(agent.critic)
-    target = plain(agent.critic)
-    alpha = 0.2
-    log_alpha = torch.zeros(1, requires_grad=True)
-    params = [*actor.parameters(), log_alpha]
-    actor_optimizer = torch.optim.Adam(params, 1e-3)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
-    target_entropy = -2 if entropy is None else entropy
-
-    def q(net, s, a):
-        return torch.cat([member(torch.cat([s, a], 1)) for member in net], 1)
-
-    def act(s):
-        h = actor.net(s)
-        normal = torch.distributions.Normal(actor.mean(h), actor.log_std(h).clamp(-20, 2).exp())
-        raw = normal.mean + normal.stddev * torch.randn_like(normal.mean)
-        density = normal.log_prob(raw) - (1 - raw.tanh() ** 2 + 1e-6).log()
-        return raw.tanh(), density.sum(1, keepdim=True)
-
+    agent = make_agent(num_q=num_q, utd=utd, target_entropy=entropy)
+    assert agent.target_entropy == (-2 if entropy is None else entropy)
+    update = plain_sac(agent)
     for i in range(100):
         batch = torch.randn(32, 10)
         batch[:, -1] = (batch[:, -1] > 0.8).double()
-        s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
-        with_actor = i % utd == utd - 1
         torch.manual_seed(i)
-        losses = agent.update(batch, with_actor)
-
+        losses = agent.update(batch, with_actor=i % utd == utd - 1).tolist()
         torch.manual_seed(i)
-        with torch.no_grad():
-            a_next, log_prob_next = act(s_next)
-            chosen = torch.rand(num_q).argsort(descending=True)[:2]
-            q_next = q(target, s_next, a_next)[:, chosen].min(1, keepdim=True).values
-            y = r + 0.99 * (1 - d) * (q_next - alpha * log_prob_next)
-        critic_loss = ((q(critic, s, a) - y) ** 2).mean(0).sum()
-        critic_optimizer.zero_grad()
-        critic_loss.backward()
-        actor_loss = torch.zeros(())
-        if with_actor:
-            pi, log_prob = act(s)
-            actor_loss = (alpha * log_prob - q(critic, s, pi).mean(1, keepdim=True)).mean()
-            alpha_loss = -(log_alpha * (log_prob.detach() + target_entropy)).mean()
-            actor_optimizer.zero_grad()
-            (actor_loss + alpha_loss).backward(inputs=params)
-            actor_optimizer.step()
-            alpha = log_alpha.exp().item()
-        critic_optimizer.step()
-        for p, t in zip(critic.parameters(), target.parameters()):
-            t.data += 0.005 * (p.data - t.data)
-        assert losses.tolist() == pytest.approx([critic_loss.item(), actor_loss.item()], 1e-9, 1e-9)
+        expected = update(i, *batch.split([3, 2, 1, 3, 1], 1))
+        assert losses == pytest.approx(expected, 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize(

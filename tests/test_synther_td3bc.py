@@ -1,6 +1,5 @@
 """Tests of synther_td3bc.py: agent, scores, evaluation. test_siblings.py has what scripts share."""
 
-import copy
 import math
 import types
 
@@ -8,9 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
-from helpers import plain
+from plain_agents import plain_td3bc
 
 import edm
 import synther_sac_online
@@ -29,36 +27,16 @@ def test_td3bc_equals_a_plain_implementation(float64, hidden_layers):
     torch.manual_seed(0)
     sizes = dict(hidden_dim=16, hidden_layers=hidden_layers)
     agent = TD3BC(3, 2, 1.5, Args(learning_rate=1e-3, tau=0.02, device="cpu", **sizes))
-    actor = copy.deepcopy(agent.actor.net)
-    critics = plain(agent.critic)
-    actor_target, targets = copy.deepcopy((actor, critics))
-    optimizers = {net: torch.optim.Adam(net.parameters(), 1e-3) for net in (actor, critics)}
-
-    def step(net, expected, loss):
-        optimizers[net].zero_grad()
-        expected.backward()
-        optimizers[net].step()
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
-
+    update = plain_td3bc(agent)
     for i in range(100):
         batch = random_rows(32)
         torch.manual_seed(i)
-        critic_loss = agent.update_critic(batch)
-        actor_loss = agent.update_actor(batch) if i % 2 else None
-        torch.manual_seed(i)
-        s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
-        noise = (0.2 * torch.randn_like(a) * 1.5).clamp(-0.5 * 1.5, 0.5 * 1.5)
-        x_next = torch.cat([s_next, (1.5 * actor_target(s_next) + noise).clamp(-1.5, 1.5)], 1)
-        y = (r + 0.99 * (1 - d) * torch.min(targets[0](x_next), targets[1](x_next))).detach()
-        x = torch.cat([s, a], 1)
-        step(critics, F.mse_loss(critics[0](x), y) + F.mse_loss(critics[1](x), y), critic_loss)
+        losses = [agent.update_critic(batch)]
         if i % 2:
-            pi = 1.5 * actor(s)
-            q = critics[0](torch.cat([s, pi], 1))
-            step(actor, F.mse_loss(pi, a) - 2.5 / q.abs().mean().detach() * q.mean(), actor_loss)
-            for net, target in ((actor, actor_target), (critics, targets)):
-                for p, t in zip(net.parameters(), target.parameters()):
-                    t.data.copy_(0.02 * p.data + 0.98 * t.data)
+            losses.append(agent.update_actor(batch))
+        torch.manual_seed(i)
+        expected = update(i, *batch.split([3, 2, 1, 3, 1], 1))
+        assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-9)
 
 
 def test_network_sizes_and_initial_range():

@@ -39,8 +39,10 @@ from tqdm import tqdm
 
 PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own; edm may change it
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import edm  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import plain_agents
+
+import edm
 
 OUR_PRECISION = torch.backends.mkldnn.matmul.fp32_precision
 edm.Bar.__init__ = partialmethod(tqdm.__init__, disable=True)  # no progress bars among the figures
@@ -48,7 +50,6 @@ OBS_DIM = 17  # Walker2d and HalfCheetah
 ACT_DIM = 6
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]
 DIM = sum(SIZES)
-PAIR = OBS_DIM + ACT_DIM
 BATCH = 256
 
 
@@ -116,52 +117,10 @@ def with_limit(update, device):
 # --- Plain references -----------------------------------------------------------------------------
 
 
-def mlp(*sizes):
-    layers = []
-    for fan_in, fan_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def make_critics(num):
-    return nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(num)])
-
-
-def adam(*parts):
-    params = []
-    for part in parts:
-        params += part.parameters() if isinstance(part, nn.Module) else [part]
-    return torch.optim.Adam(params, lr=3e-4)
-
-
-def descend(loss, *optimizers):
-    """One step. The value of the loss goes to the log at every update, as in the public codes."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return loss.item()
-
-
-def follow(targets, networks, tau=0.005):
-    for slow, fast in zip(targets.parameters(), networks.parameters()):
-        slow.data.copy_(tau * fast.data + (1 - tau) * slow.data)
-
-
-def values(critics, s, a):
-    return [critic(torch.cat([s, a], 1)) for critic in critics]
-
-
 def draw(parts, size=BATCH):
     """A batch as CORL's buffer draws it: an array for each part of a row, indices from numpy."""
     index = np.random.randint(0, len(parts[0]), size=size)
     return [part[index] for part in parts]
-
-
-def cloning_loss(q, policy_a, a):
-    """TD3+BC's loss of the actor."""
-    return -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_a, a)
 
 
 class PlainDenoiser(edm.Denoiser):
@@ -208,163 +167,6 @@ def plain_training(data, device):
     return step
 
 
-def plain_td3bc(parts, device):
-    """An update: three networks with an optimiser each."""
-    actor = nn.Sequential(mlp(OBS_DIM, 256, 256, ACT_DIM), nn.Tanh()).to(device)
-    critics = make_critics(2).to(device)
-    actor_target, targets = copy.deepcopy([actor, critics])
-    actor_optimizer, *critic_optimizers = map(adam, (actor, *critics))
-
-    def update(i):
-        s, a, r, next_s, done = draw(parts)
-        with torch.no_grad():
-            noise = (torch.randn_like(a) * 0.2).clamp(-0.5, 0.5)
-            next_a = (actor_target(next_s) + noise).clamp(-1.0, 1.0)
-            y = r + (1 - done) * 0.99 * torch.min(*values(targets, next_s, next_a))
-        descend(sum(F.mse_loss(q, y) for q in values(critics, s, a)), *critic_optimizers)
-        if i % 2 == 1:
-            policy_a = actor(s)
-            (q,) = values(critics[:1], s, policy_a)
-            descend(cloning_loss(q, policy_a, a), actor_optimizer)
-            follow(targets, critics)
-            follow(actor_target, actor)
-
-    return update
-
-
-def plain_iql(parts, device):
-    """An update: four networks, three optimisers, a distribution object."""
-    value = mlp(OBS_DIM, 256, 256, 1).to(device)
-    mean = mlp(OBS_DIM, 256, 256, ACT_DIM).to(device)
-    log_std = nn.Parameter(torch.zeros(ACT_DIM, device=device))
-    critics = make_critics(2).to(device)
-    targets = copy.deepcopy(critics)
-    value_optimizer, critic_optimizer = map(adam, (value, critics))
-    actor_optimizer = adam(mean, log_std)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, 1_000_000)
-
-    def update(i):
-        s, a, r, next_s, done = draw(parts)
-        with torch.no_grad():
-            y = r + (1 - done) * 0.99 * value(next_s)
-            target_q = torch.min(*values(targets, s, a))
-        advantage = target_q - value(s)
-        weight = torch.abs(0.7 - (advantage < 0).float())
-        descend(torch.mean(weight * advantage**2), value_optimizer)
-        descend(sum(F.mse_loss(q, y) for q in values(critics, s, a)) / 2, critic_optimizer)
-        follow(targets, critics)
-        weight = torch.exp(3.0 * advantage.detach()).clamp(max=100.0).squeeze(-1)
-        scale = torch.diag(torch.exp(log_std.clamp(-5.0, 2.0)))
-        policy = torch.distributions.MultivariateNormal(mean(s), scale_tril=scale)
-        descend(torch.mean(weight * -policy.log_prob(a)), actor_optimizer)
-        schedule.step()
-
-    return update
-
-
-class PlainPolicy(nn.Module):
-    def __init__(self, *hidden):
-        super().__init__()
-        self.hidden = nn.Sequential(mlp(OBS_DIM, *hidden), nn.ReLU())
-        self.mean = nn.Linear(256, ACT_DIM)
-        self.log_std = nn.Linear(256, ACT_DIM)
-
-    def forward(self, s):
-        h = self.hidden(s)
-        std = torch.exp(torch.clamp(self.log_std(h), -20, 2))
-        normal = torch.distributions.Normal(self.mean(h), std)
-        raw = normal.rsample()
-        a = torch.tanh(raw)
-        log_density = normal.log_prob(raw) - torch.log(1 - a.pow(2) + 1e-6)
-        return a, log_density.sum(1, keepdim=True)
-
-
-class PlainEnsemble(nn.Module):
-    """Ten critics, as CORL's EDAC has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for i, o in ((PAIR, 256), (256, 256), (256, 256), (256, 1)):
-            self.weights.append(torch.randn(10, i, o) / math.sqrt(i))
-            self.biases.append(torch.zeros(10, 1, o))
-
-    def forward(self, s, a):
-        x = torch.cat([s, a], dim=-1)
-        if x.dim() == 2:
-            x = x.unsqueeze(0).repeat_interleave(10, dim=0)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = (torch.relu(x) if i else x) @ weight + bias
-        return x.squeeze(-1)
-
-
-def plain_edac(parts, device):
-    """An update: autograd of the gradients by the actions, a product for each pair of critics."""
-    actor = PlainPolicy(256, 256, 256).to(device)
-    critic = PlainEnsemble().to(device)
-    target = copy.deepcopy(critic)
-    log_alpha = torch.zeros(1, device=device, requires_grad=True)
-    actor_optimizer, critic_optimizer, alpha_optimizer = map(adam, (actor, critic, log_alpha))
-
-    def update(i):
-        s, a, r, next_s, done = draw(parts)
-        descend((-log_alpha * (actor(s)[1].detach() - ACT_DIM)).mean(), alpha_optimizer)
-        alpha = log_alpha.exp().detach()
-        policy_a, log_density = actor(s)
-        q = critic(s, policy_a).min(0).values.unsqueeze(-1)
-        descend((alpha * log_density - q).mean(), actor_optimizer)
-        with torch.no_grad():
-            next_a, next_log_density = actor(next_s)
-            next_q = target(next_s, next_a).min(0).values.unsqueeze(-1) - alpha * next_log_density
-            y = r + 0.99 * (1 - done) * next_q
-        critic_loss = ((critic(s, a) - y.view(1, -1)) ** 2).mean(dim=1).sum(dim=0)
-        many_s = s.unsqueeze(0).repeat_interleave(10, dim=0)
-        many_a = a.unsqueeze(0).repeat_interleave(10, dim=0).requires_grad_(True)
-        q_sum = critic(many_s, many_a).sum()
-        (e,) = torch.autograd.grad(q_sum, many_a, retain_graph=True, create_graph=True)
-        e = (e / (torch.norm(e, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(0, 1)
-        products = torch.einsum("bik,bjk->bij", e, e)
-        others = 1 - torch.eye(10, device=device).unsqueeze(0).repeat(products.shape[0], 1, 1)
-        descend(critic_loss + (others * products).sum(dim=(1, 2)).mean() / 9, critic_optimizer)
-        follow(target, critic)
-
-    return update
-
-
-def plain_sac(buffers, num_q, utd, device):
-    """The updates of one environment step: a network and an optimiser per critic, and an equal part
-    of a batch from each buffer."""
-    policy = PlainPolicy(256, 256).to(device)
-    critics = make_critics(num_q).to(device)
-    targets = copy.deepcopy(critics)
-    log_alpha = torch.zeros(1, requires_grad=True, device=device)
-    policy_optimizer, alpha_optimizer, *critic_optimizers = map(adam, (policy, log_alpha, *critics))
-
-    def step(_):
-        alpha = log_alpha.exp().item()
-        for i in range(utd):
-            drawn = zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
-            s, a, r, next_s, done = [torch.Tensor(np.concatenate(x)).to(device) for x in drawn]
-            with torch.no_grad():
-                next_a, next_log_density = policy(next_s)
-                two = [targets[k] for k in np.random.choice(num_q, 2, replace=False)]
-                next_q = torch.cat(values(two, next_s, next_a), 1).min(dim=1, keepdim=True).values
-                y = r + 0.99 * (1 - done) * (next_q - alpha * next_log_density)
-            q = torch.cat(values(critics, s, a), 1)
-            descend(F.mse_loss(q, y.expand(-1, num_q)) * num_q, *critic_optimizers)
-            if i == utd - 1:
-                critics.requires_grad_(False)
-                policy_a, log_density = policy(s)
-                q = torch.cat(values(critics, s, policy_a), 1).mean(1, keepdim=True)
-                descend((alpha * log_density - q).mean(), policy_optimizer)
-                critics.requires_grad_(True)
-                descend(-(log_alpha * (log_density - ACT_DIM).detach()).mean(), alpha_optimizer)
-            follow(targets, critics)
-
-    return step
-
-
 def random_shift_by_sampling(images):
     """The public random shift: every image is interpolated at shifted positions."""
     images = F.pad(images, (4, 4, 4, 4), "replicate")
@@ -375,49 +177,13 @@ def random_shift_by_sampling(images):
     return F.grid_sample(images, base + shift, padding_mode="zeros", align_corners=False)
 
 
-def plain_drqbc(parts, device):
-    """An update: the batch is drawn as a data loader does, image by image from numpy."""
-    layers = [nn.Conv2d(9, 32, 3, stride=2), nn.ReLU()]
-    for _ in range(3):
-        layers += [nn.Conv2d(32, 32, 3), nn.ReLU()]
-    encoder = nn.Sequential(*layers, nn.Flatten()).to(device)
-    trunk = nn.Sequential(nn.Linear(39_200, 50), nn.LayerNorm(50), nn.Tanh()).to(device)
-    actor = nn.Sequential(trunk, mlp(50, 1024, 1024, ACT_DIM), nn.Tanh()).to(device)
-    critics = nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)])
-    critic = nn.ModuleList([copy.deepcopy(trunk), critics]).to(device)
-    target = copy.deepcopy(critic)
-    actor_optimizer, critic_optimizer, encoder_optimizer = map(adam, (actor, critic, encoder))
-
-    def draw_one():
-        frames, actions, rewards = parts
-        i = np.random.randint(3, len(rewards) - 3)
-        images = frames[i - 3 : i].reshape(9, 84, 84)
-        return images, actions[i], rewards[i], frames[i : i + 3].reshape(9, 84, 84)
-
-    def encode(images):
-        return encoder(random_shift_by_sampling(images.float()) / 255.0 - 0.5)
-
-    def sample(h):
-        mean = actor(h)
-        raw = mean + torch.clamp(torch.randn_like(mean) * 0.5, -0.3, 0.3)
-        return raw - raw.detach() + torch.clamp(raw, -1 + 1e-6, 1 - 1e-6).detach()
-
-    def update(i):
-        batch = [np.stack(x) for x in zip(*[draw_one() for _ in range(BATCH)])]
-        images, a, r, next_images = [torch.as_tensor(x, device=device) for x in batch]
-        h = encode(images)
-        with torch.no_grad():
-            next_h = encode(next_images)
-            y = r[:, None] + 0.97 * torch.min(*values(target[1], target[0](next_h), sample(next_h)))
-        losses = [F.mse_loss(q, y) for q in values(critic[1], critic[0](h), a)]
-        descend(sum(losses), encoder_optimizer, critic_optimizer)
-        h = h.detach()
-        policy_a = sample(h)
-        q = torch.min(*values(critic[1], critic[0](h), policy_a))
-        descend(cloning_loss(q, policy_a, a), actor_optimizer)
-        follow(target, critic, tau=0.01)
-
-    return update
+def draw_images(frames, actions, rewards):
+    """A batch as a data loader draws it, image by image from numpy."""
+    batch = []
+    for i in np.random.randint(3, len(rewards) - 3, size=BATCH):
+        images = [frames[k : k + 3].reshape(9, 84, 84) for k in (i - 3, i)]
+        batch.append((images[0], actions[i], rewards[i], np.float32(0.97), images[1]))
+    return [np.stack(x) for x in zip(*batch)]
 
 
 # --- Rows of the table, each with what `take_turns` returns ---------------------------------------
@@ -480,11 +246,15 @@ def offline(part, device, count, repeats):
     args = script.Args(env="walker2d-medium-v2", device=device)
     script.fill_args(args)
     rows = random_rows(100_000).to(device)
-    make_plain = {"td3bc": plain_td3bc, "iql": plain_iql, "edac": plain_edac}[part]
-    plain = make_plain([x.contiguous() for x in rows.split(SIZES, dim=1)], device)
+    parts = [x.contiguous() for x in rows.split(SIZES, dim=1)]
     agent = getattr(script, part.upper())(OBS_DIM, ACT_DIM, 1.0, args)
+    plain_update = getattr(plain_agents, f"plain_{part}")(agent)
     loss_sums = torch.zeros(len(agent.LOSSES), device=device)
     update = script.make_update(args, agent, rows, loss_sums)
+
+    def plain(i):
+        plain_update(i, *draw(parts))
+
     return take_turns(*with_limit(update, device), plain, count, repeats)
 
 
@@ -500,8 +270,8 @@ def online(part, device, count, repeats):
     if part == "synther":
         replay.synthetic = rows.repeat(10, 1)
         buffers.append([x.repeat(10, axis=0) for x in buffers[0]])
-    plain = plain_sac(buffers, args.num_q, args.utd, device)
     agent = script.SAC(OBS_DIM, ACT_DIM, args)
+    plain_update = plain_agents.plain_sac(agent)
     update = script.make_update(args, agent, replay, torch.zeros(2, device=device))
     critic_step = multiplies_of(lambda: agent.update(rows[:BATCH], with_actor=False), device)
     last_step = multiplies_of(lambda: agent.update(rows[:BATCH], with_actor=True), device)
@@ -510,6 +280,12 @@ def online(part, device, count, repeats):
         for _ in range(args.utd - 1):
             critic_step()
         last_step()
+
+    def plain(_):
+        for i in range(args.utd):
+            drawn = zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
+            batch = [torch.Tensor(np.concatenate(x)).to(device) for x in drawn]
+            plain_update(i, *batch)
 
     return take_turns(lambda i: update(), limit, plain, count, repeats, units=3 * (args.utd,))
 
@@ -525,9 +301,9 @@ def pixels(part, device, count, repeats):
     data |= dict(action=2 * torch.rand(4_000, ACT_DIM) - 1, reward=2 * torch.rand(4_000))
     data["discount"] = torch.full((4_000,), 0.97)
     parts = [data[key].numpy() for key in ("frames", "action", "reward")]
-    plain_update = plain_drqbc(parts, device)
     data = {key: x.to(device) for key, x in data.items()}
     agent = script.DrQBC(ACT_DIM, args, "stage1")
+    plain_update = plain_agents.plain_drqbc(agent)
     loss_sums = torch.zeros(2, device=device)
     update = script.make_update(args, agent, lambda: script.draw_images(args, data), loss_sums)
     update_once, limit = with_limit(update, device)
@@ -540,7 +316,10 @@ def pixels(part, device, count, repeats):
         if sys.platform == "linux":  # where glibc's own thresholds, which grow by themselves, end
             ctypes.CDLL(None).mallopt(-1, 2**26)
             ctypes.CDLL(None).mallopt(-3, 2**25)
-        plain_update(i)
+        batch = [torch.as_tensor(x, device=device) for x in draw_images(*parts)]
+        for k in (0, 4):  # the images before and after
+            batch[k] = random_shift_by_sampling(batch[k].float())
+        plain_update(i, *batch, 0.5)
 
     return take_turns(ours, limit, plain, count, repeats)
 

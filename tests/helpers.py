@@ -59,6 +59,29 @@ def collect_random(env, num_steps):
     return {key: np.array(x) for key, x in zip(edm.KEYS, zip(*steps))}
 
 
+def random_rows(n):
+    """Rows [s, a, r, s', d] with 3 and 2 dimensions of s and a."""
+    return torch.cat([torch.randn(n, 9), 1.0 * (torch.rand(n, 1) > 0.8)], dim=1)
+
+
+def assert_same_losses(update, plain_update, num_updates, rel=1e-9, abs=0):
+    """That every loss is the same shows that all parameters are. update gets a number and rows."""
+    for i in range(num_updates):
+        batch = random_rows(32)
+        torch.manual_seed(i)
+        losses = update(i, batch).tolist()
+        torch.manual_seed(i)
+        expected = plain_update(i, *batch.split([3, 2, 1, 3, 1], 1))
+        assert losses == pytest.approx(expected, rel=rel, abs=abs)
+
+
+def filled(script, **options):
+    """Arguments of a script as its main fills them, on the CPU."""
+    args = script.Args(device="cpu", **options)
+    script.fill_args(args)
+    return args
+
+
 def write(path, arrays):
     """Write arrays to an .npz or HDF5 file. Returns the path as a string."""
     if path.suffix == ".npz":
@@ -138,10 +161,27 @@ def read_metrics(folder):
 
 
 def assert_same_state(a, b, where="state"):
-    """Equality to the last bit of nested dicts, lists, tensors and numbers."""
+    """Equality to the last bit of nested dicts, lists, tensors, arrays and numbers."""
     if isinstance(a, (dict, list, tuple)):
         assert len(a) == len(b), where
         for key in a if isinstance(a, dict) else range(len(a)):
             assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
     else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+        np.testing.assert_array_equal(a, b, err_msg=where)
+
+
+def outcome(folder):
+    """{file: content} of a run, without its times and its plots' contents, the log in its order."""
+    left = {path.name: None for path in folder.iterdir()}
+    for path in folder.glob("*.pt"):
+        left[path.name] = edm.load_torch(path)
+    for path in folder.glob("*.npz"):
+        with np.load(path) as f:
+            left[path.name] = dict(f)
+    for key in ("seconds", "log_size"):
+        left["checkpoint.pt"].pop(key)
+    log = read_metrics(folder)
+    left["metrics.csv"] = [item for item in log.items() if "perf/" not in item[0][1]]
+    return left

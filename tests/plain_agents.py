@@ -1,7 +1,7 @@
-"""The agents as the public codes write them (CORL, REDQ, V-D4RL), with the first weights of ours.
-Tests compare the losses of both, and bench.py the times.
+"""Diffusion's training and the agents as the public codes write them (SynthER, CORL, REDQ, V-D4RL),
+with the first weights of ours. Tests compare the losses of both, and bench.py the times.
 
-Each function takes an agent of a script, and returns its update(i, ...) number i = 0, 1, ... on the
+A function of an agent takes that of a script, and returns its update(i, ...) number i = 0, 1, ... on the
 parts of a batch, [batch, columns] each. An update returns its losses in our order, as numbers."""
 
 import copy
@@ -62,6 +62,35 @@ def sample(actor, s, lowest):
     a = torch.tanh(raw)
     log_density = normal.log_prob(raw) - torch.log(1 - a.pow(2) + 1e-6)
     return a, log_density.sum(1, keepdim=True)
+
+
+def plain_training(model, rows, lr, steps, decay_limit=0.995):
+    """A step(k) of diffusion: rows come from the host, the loss goes to a log. Its attribute average
+    holds the moving average of the denoiser's parameters."""
+    recipe = model.recipe
+    params = list(model.denoiser.parameters())
+    average = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=recipe.betas, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def step(k):
+        x = rows[torch.randint(len(rows), (recipe.batch_size,))].to(params[0].device)
+        sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x), 1, device=x.device))
+        error = model(x + sigma * torch.randn_like(x), sigma) - x
+        loss = ((sigma**2 + 1) / sigma**2 * error**2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, recipe.clip)
+        optimizer.step()
+        schedule.step()
+        if k % 10 == 0:
+            decay = min(decay_limit, 1 - (1 + k - 100) ** (-2 / 3)) if k > 100 else 0
+            for a, p in zip(average, params):
+                a.lerp_(p.detach(), 1 - decay)
+        return loss.item(), norm
+
+    step.average = average
+    return step
 
 
 def plain_td3bc(agent):

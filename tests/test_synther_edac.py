@@ -2,38 +2,26 @@
 
 import pytest
 import torch
+from helpers import assert_same_losses, filled
 from plain_agents import plain_edac
 
 import synther_edac
-from synther_edac import EDAC, Args
-
-
-def filled(**options):
-    args = Args(device="cpu", **options)
-    synther_edac.fill_args(args)
-    return args
+from synther_edac import EDAC
 
 
 @pytest.mark.parametrize("num_q, eta, hidden_layers", [(4, 1.0, 3), (10, 5.0, 2), (3, 0.0, 1)])
 def test_edac_equals_a_plain_implementation(float64, num_q, eta, hidden_layers):
-    """50 updates. That every loss is the same shows that all parameters are."""
     torch.manual_seed(0)
     sizes = dict(hidden_dim=16, hidden_layers=hidden_layers, num_q=num_q)
-    agent = EDAC(3, 2, 1.5, filled(eta=eta, learning_rate=1e-3, **sizes))
+    agent = EDAC(3, 2, 1.5, filled(synther_edac, eta=eta, learning_rate=1e-3, **sizes))
     agent.actor.log_std.bias.data[:] = torch.tensor([-5.0, 2.0])  # the limits
-    update = plain_edac(agent)
-    for i in range(50):
-        batch = torch.cat([torch.randn(32, 9), 1.0 * (torch.rand(32, 1) > 0.8)], 1)
-        torch.manual_seed(i)
-        losses = agent.update(batch).tolist()
-        torch.manual_seed(i)
-        expected = update(i, *batch.split([3, 2, 1, 3, 1], 1))
-        assert losses == pytest.approx(expected, rel=1e-8, abs=1e-10)
+    limits = dict(rel=1e-8, abs=1e-10)
+    assert_same_losses(lambda i, batch: agent.update(batch), plain_edac(agent), 50, **limits)
 
 
 def test_critic_that_ignores_the_action_gives_no_nan(float64):
     """A gradient of length 0 has no direction. It must not make the others' NaN."""
-    agent = EDAC(3, 2, 1.0, filled(hidden_dim=8, num_q=3))
+    agent = EDAC(3, 2, 1.0, filled(synther_edac, hidden_dim=8, num_q=3))
     agent.critic.weights[-1].data[0] = 0
     for _ in range(2):
         assert agent.update(torch.randn(16, 10)).isfinite().all()
@@ -41,7 +29,7 @@ def test_critic_that_ignores_the_action_gives_no_nan(float64):
 
 def test_initial_weights_are_corls():
     """The critics' first weights lie within 1 / sqrt(outputs)."""
-    agent = EDAC(17, 6, 1.0, filled(env="walker2d-medium-v2"))
+    agent = EDAC(17, 6, 1.0, filled(synther_edac, env="walker2d-medium-v2"))
     heads = (agent.actor.mean.weight, agent.actor.log_std.weight)
     weights = (agent.critic.weights[0], agent.critic.weights[-1])
     for x, limit in zip((*heads, *weights), (1e-3, 1e-3, 1 / 16, 3e-3)):
@@ -62,6 +50,6 @@ def test_initial_weights_are_corls():
 )
 def test_hyperparameters_are_the_papers(names, num_q, eta):
     for name in names.split():
-        args = filled(env=name)
+        args = filled(synther_edac, env=name)
         assert (args.num_q, args.eta, args.updates) == (num_q, eta, 3_000_000)
         assert (args.hidden_layers, args.hidden_dim, args.learning_rate) == (3, 256, 3e-4)

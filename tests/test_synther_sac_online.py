@@ -14,7 +14,15 @@ import pytest
 import torch
 from dm_control import suite
 from dm_control.rl import control
-from helpers import assert_refused, assert_same_state, command, read_metrics
+from helpers import (
+    assert_refused,
+    assert_same_losses,
+    assert_same_state,
+    command,
+    filled,
+    outcome,
+    read_metrics,
+)
 from plain_agents import plain_sac
 
 import edm
@@ -107,8 +115,7 @@ MODEL |= dict(diffusion_batch_size=256, num_samples=1_000_000, retrain_every=10_
     ],
 )
 def test_defaults_are_the_papers(env, algo, expected):
-    args = Args(env=env, algo=algo)
-    online.fill_args(args)
+    args = filled(online, env=env, algo=algo)
     assert {name: getattr(args, name) for name in PAPER | expected} == PAPER | expected
 
 
@@ -174,19 +181,14 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("num_q, utd, entropy", [(2, 1, None), (2, 4, -1.0), (5, 4, None)])
 def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
-    """100 updates in the order of REDQ's code. All losses are the same only if all parameters are."""
     torch.manual_seed(0)
     agent = make_agent(num_q=num_q, utd=utd, target_entropy=entropy)
     assert agent.target_entropy == (-2 if entropy is None else entropy)
-    update = plain_sac(agent)
-    for i in range(100):
-        batch = torch.randn(32, 10)
-        batch[:, -1] = (batch[:, -1] > 0.8).double()
-        torch.manual_seed(i)
-        losses = agent.update(batch, with_actor=i % utd == utd - 1).tolist()
-        torch.manual_seed(i)
-        expected = update(i, *batch.split([3, 2, 1, 3, 1], 1))
-        assert losses == pytest.approx(expected, 1e-9, 1e-9)
+
+    def update(i, batch):
+        return agent.update(batch, with_actor=i % utd == utd - 1)
+
+    assert_same_losses(update, plain_sac(agent), 100, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -413,16 +415,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, o
     if name == "plot_marginals":
         assert checkpoint(folder)["model_step"] == 60  # the results are kept before they are shown
     command(monkeypatch, online, resume=folder)
-    states = []
-    for own in (folder, whole):
-        state = checkpoint(own) | dict(model=edm.load_edm(own / "diffusion.pt").state_dict())
-        state["log"] = [item for item in read_metrics(own).items() if "perf/" not in item[0][1]]
-        del state["seconds"], state["log_size"]
-        states.append(state)
-    assert_same_state(*states)
-    for file in ("synthetic.npz", "final_returns.npz"):
-        with np.load(folder / file) as a, np.load(whole / file) as b:
-            np.testing.assert_equal(dict(a), dict(b))
+    assert_same_state(outcome(folder), outcome(whole))
 
 
 def test_resume_begins_a_new_episode(tmp_path, monkeypatch):

@@ -52,10 +52,8 @@ def make_files(folder, lengths, level="expert", per_file=1):
 
 def filled(folder="", **options):
     """Arguments as main fills them, but of small heads."""
-    small = dict(dataset_path=str(folder), device="cpu", hidden_dim=16, learning_rate=1e-3)
-    args = Args(**small | options)
-    synther_vd4rl.fill_args(args)
-    return args
+    small = dict(dataset_path=str(folder), hidden_dim=16, learning_rate=1e-3)
+    return helpers.filled(synther_vd4rl, **small | options)
 
 
 def load(args):
@@ -444,17 +442,7 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     assert not (killed[1] / "agent.pt").exists()
     for folder in killed[::2]:
         helpers.command(monkeypatch, synther_vd4rl, resume=folder)
-        assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-        for name in ("checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt"):
-            states = [edm.load_torch(f / name) for f in (folder, whole)]
-            if name == "checkpoint.pt":
-                for state in states:
-                    del state["seconds"], state["log_size"]
-            helpers.assert_same_state(*states, f"{folder.name}/{name}")
-        logs = []
-        for f in (folder, whole):  # in the same order
-            logs.append([x for x in helpers.read_metrics(f).items() if "perf/" not in x[0][1]])
-        np.testing.assert_equal(*logs)
+        helpers.assert_same_state(helpers.outcome(folder), helpers.outcome(whole), folder.name)
     settings = json.loads((killed[1] / "args.json").read_text()) | dict(env="walker-walk-random")
     (killed[1] / "args.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):

@@ -14,7 +14,6 @@ the ratios within a turn.
 """
 
 import argparse
-import copy
 import ctypes
 import importlib
 import math
@@ -32,7 +31,6 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -51,6 +49,7 @@ ACT_DIM = 6
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]
 DIM = sum(SIZES)
 BATCH = 256
+TURNS = 5
 
 
 def clock():
@@ -70,11 +69,11 @@ def seconds_per_call(function, count, precision=OUR_PRECISION):
     return seconds
 
 
-def take_turns(ours, limit, plain, count, repeats, units=(1, 1, 1)):
-    """Time three functions one after the other, `repeats` times after a first turn that does not
+def take_turns(ours, limit, plain, count, units=(1, 1, 1)):
+    """Time three functions one after the other, TURNS times after a first turn that does not
     count. Returns a list of (ours, limit, plain), seconds per unit. A call does so many units."""
     turns = []
-    for _ in range(repeats + 1):
+    for _ in range(TURNS + 1):
         times = [seconds_per_call(ours, count), seconds_per_call(limit, count)]
         times.append(seconds_per_call(plain, count, PLAIN_PRECISION))
         turns.append([seconds / number for seconds, number in zip(times, units)])
@@ -144,29 +143,6 @@ class PlainEDM(edm.EDM):
         return self(x, torch.full((len(x),), sigma, device=x.device))
 
 
-def plain_training(data, device):
-    """A step of training: rows come from the host, the loss goes to a log."""
-    model = PlainEDM().to(device)
-    average = copy.deepcopy(model).requires_grad_(False)
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100_000)
-
-    def step(i):
-        loss = model.loss(data[torch.randint(len(data), (BATCH,))].to(device))
-        loss.item()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if i % 10 == 0:
-            for slow, fast in zip(average.parameters(), model.parameters()):
-                slow.lerp_(fast.detach(), 0.005)
-        schedule.step()
-
-    return step
-
-
 def random_shift_by_sampling(images):
     """The public random shift: every image is interpolated at shifted positions."""
     images = F.pad(images, (4, 4, 4, 4), "replicate")
@@ -195,11 +171,11 @@ def random_rows(num_rows):
     return rows
 
 
-def training(part, device, count, repeats):
+def training(part, device, count):
     """A step of train_edm, which waits at its checkpoints while the others have their turn."""
     rows = torch.randn(50_000, DIM)
     model = edm.EDM(DIM).to(device)
-    plain = plain_training(rows, device)
+    step = plain_agents.plain_training(PlainEDM().to(device), rows, 3e-4, 100_000)
     multiply = multiplies_of(lambda: model.loss(rows[:BATCH].to(device)).backward(), device)
     turns = []
     last = clock()
@@ -208,10 +184,10 @@ def training(part, device, count, repeats):
         nonlocal last
         ours = (clock() - last) / count
         limit = seconds_per_call(lambda i: multiply(), count)
-        turns.append((ours, limit, seconds_per_call(plain, count, PLAIN_PRECISION)))
+        turns.append((ours, limit, seconds_per_call(step, count, PLAIN_PRECISION)))
         last = clock()
 
-    args = edm.DiffusionArgs(diffusion_steps=count * (repeats + 1), diffusion_recipe="paper")
+    args = edm.DiffusionArgs(diffusion_steps=count * (TURNS + 1), diffusion_recipe="paper")
     args.checkpoint_every = count
     run = SimpleNamespace(saved=dict(stage=""), log=lambda step, values: None, save=save)
     edm.train_edm(rows, args, device=device, run=run)
@@ -219,7 +195,7 @@ def training(part, device, count, repeats):
 
 
 @torch.no_grad()
-def sampling(part, device, count, repeats):
+def sampling(part, device, count):
     """A network call, per row: our sampler makes 32, the plain one three here."""
     num_rows = 100_000 if device == "cuda" else 2_000
     num_plain = 100_000 if device == "cuda" else 10_000
@@ -237,10 +213,10 @@ def sampling(part, device, count, repeats):
         edm.sample_dpmpp(plain_model.denoise, plain_x, sigmas).cpu()
 
     units = (32 * num_rows, num_rows, 3 * num_plain)
-    return take_turns(ours, lambda i: multiply(), plain, count, repeats, units)
+    return take_turns(ours, lambda i: multiply(), plain, count, units)
 
 
-def offline(part, device, count, repeats):
+def offline(part, device, count):
     """An update of TD3+BC, IQL or EDAC."""
     script = importlib.import_module(f"synther_{part}")
     args = script.Args(env="walker2d-medium-v2", device=device)
@@ -255,10 +231,10 @@ def offline(part, device, count, repeats):
     def plain(i):
         plain_update(i, *draw(parts))
 
-    return take_turns(*with_limit(update, device), plain, count, repeats)
+    return take_turns(*with_limit(update, device), plain, count)
 
 
-def online(part, device, count, repeats):
+def online(part, device, count):
     """A critic update of SAC (SynthER) or REDQ, at 20 per environment step."""
     import synther_sac_online as script
 
@@ -287,10 +263,10 @@ def online(part, device, count, repeats):
             batch = [torch.Tensor(np.concatenate(x)).to(device) for x in drawn]
             plain_update(i, *batch)
 
-    return take_turns(lambda i: update(), limit, plain, count, repeats, units=3 * (args.utd,))
+    return take_turns(lambda i: update(), limit, plain, count, units=3 * (args.utd,))
 
 
-def pixels(part, device, count, repeats):
+def pixels(part, device, count):
     """An update of DrQ+BC from images."""
     import synther_vd4rl as script
 
@@ -321,7 +297,7 @@ def pixels(part, device, count, repeats):
             batch[k] = random_shift_by_sampling(batch[k].float())
         plain_update(i, *batch, 0.5)
 
-    return take_turns(ours, limit, plain, count, repeats)
+    return take_turns(ours, limit, plain, count)
 
 
 def peak_memory(label, script, folder, **options):
@@ -333,32 +309,29 @@ def peak_memory(label, script, folder, **options):
     command = [sys.executable, str(ROOT / script), *words]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    print(f"{label} GB): peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
+    print(f"{label}: peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
 
 
-def memory_of_rows(num_rows, folder):
+def memory_of_rows(folder):
     """synther_td3bc.py on random data of Walker2d's size."""
     np.savez(f"{folder}/data.npz", **edm.unpack(random_rows(20_000), OBS_DIM))
-    options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", num_samples=num_rows)
-    label = f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f}"
-    peak_memory(label, "synther_td3bc.py", folder, **options, updates=20)
+    options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", num_samples=5_000_000)
+    peak_memory("5M rows (0.84 GB)", "synther_td3bc.py", folder, **options, updates=20)
 
 
-def memory_of_images(num_images, folder):
+def memory_of_images(folder):
     """synther_vd4rl.py on random images, a few updates of the paper's batch size."""
     files = Path(folder) / "main/walker_walk/expert/84px"
     files.mkdir(parents=True)
     columns = dict(reward=np.ones(501, np.float32), discount=np.ones(501, np.float32))
     columns["step_type"] = np.array([0] + 499 * [1] + [2])
-    for i in range(math.ceil(num_images / 501)):
+    for i in range(200):
         columns["observation"] = np.random.randint(0, 256, (501, 3, 84, 84), dtype=np.uint8)
         columns["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
         with h5py.File(files / f"{i:05}.hdf5", "w") as f:
-            for key, x in columns.items():
-                f[key] = x
+            f.update(columns)
     options = dict(dataset_path=folder, stage1_updates=20, stage2_updates=20, num_samples=100_000)
-    label = f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f}"
-    peak_memory(label, "synther_vd4rl.py", folder, **options)
+    peak_memory("100,000 images (2.12 GB)", "synther_vd4rl.py", folder, **options)
 
 
 ROWS = (  # part of --only, name, unit, function, calls per turn on a CPU and on a GPU
@@ -385,24 +358,18 @@ def show(name, unit, turns):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--repeats", type=int, default=5, help="turns that count")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="shorter turns")
     add("--only", choices=[row[0] for row in ROWS], help="one part of the table")
-    number = dict(type=int, nargs="?", help="peak memory instead, with so many")
-    add("--memory", const=5_000_000, metavar="ROWS", **number)
-    add("--image-memory", const=100_000, metavar="IMAGES", **number)
+    add("--memory", action="store_true", help="peak memory instead, with 5M rows")
+    add("--image-memory", action="store_true", help="the same with 100,000 images")
     args = parser.parse_args()
     if args.memory or args.image_memory:
-        measure = memory_of_rows if args.memory else memory_of_images
         with tempfile.TemporaryDirectory() as folder:
-            return measure(args.memory or args.image_memory, folder)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+            return (memory_of_rows if args.memory else memory_of_images)(folder)
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    if device == "cpu" and Path("/proc/cpuinfo").exists():
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    if args.device == "cpu" and Path("/proc/cpuinfo").exists():
         name = re.findall("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[0]
     threads = f"{torch.get_num_threads()} threads"
     print(f"{name} | torch {torch.__version__} | {threads} | float32 matmul as {OUR_PRECISION}")
@@ -410,9 +377,9 @@ def main():
     print(f"{'':<36} {'unit':<10} {columns}")
     for part, name, unit, measure, cpu_calls, gpu_calls in ROWS:
         if args.only in (None, part):
-            calls = gpu_calls if device == "cuda" else cpu_calls
+            calls = gpu_calls if args.device == "cuda" else cpu_calls
             calls = max(calls // 4, 1) if args.quick else calls
-            turns = measure(part, device, calls, args.repeats)
+            turns = measure(part, args.device, calls)
             show(name, unit, turns)
             if part == "sampling":
                 turns = [(32 * ours, 32 * limit, 255 * plain) for ours, limit, plain in turns]

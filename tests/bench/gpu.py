@@ -120,20 +120,20 @@ def experiment(args, small):
     common = ["--env", "walker2d-medium-replay-v2", *small]
     common += ["--updates", 500] if args.quick else []
     common += ["--dataset-path", args.data] if args.data else []
-    for data in ("synther", "real"):
-        run(args, "synther_td3bc.py", *common, "--data", data)
+    run(args, "synther_td3bc.py", *common)
     found = Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz")
     samples = max(found, key=os.path.getmtime)
     for script in ("synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--synthetic-path", samples)
+    for script in ("synther_td3bc.py", "synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--data", "real")
 
 
 def online(args, small):
-    if args.quick:
-        small = [*small, "--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
+    small = [*small, "--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
     for algo in ("synther", "redq", "sac"):
-        run(args, "synther_sac_online.py", "--env", "HalfCheetah-v4", "--algo", algo, *small)
+        options = ["--env", "HalfCheetah-v4", "--algo", algo, *(small if args.quick else [])]
+        run(args, "synther_sac_online.py", *options)
 
 
 def recipes(args):

@@ -2,9 +2,11 @@
 
 import csv
 import itertools
+import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -139,17 +141,46 @@ def run(script, out_dir, **options):
     return folder
 
 
+def watch(monkeypatch, owner, name, see):
+    """From now on, see(...) is called before owner.name(...)."""
+    original = getattr(owner, name)
+
+    def watched(*args, **options):
+        see(*args, **options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, watched)
+
+
 def copy_before_writes(monkeypatch, target):
     """From now on, before a file is replaced, its folder is copied to target/0, target/1, ...:
     what a kill leaves."""
-    original = edm.save_atomically
     numbers = itertools.count()
 
-    def save_atomically(path, write):
+    def copy(path, write):
         shutil.copytree(Path(path).parent, target / str(next(numbers)))
-        original(path, write)
 
-    monkeypatch.setattr(edm, "save_atomically", save_atomically)
+    watch(monkeypatch, edm, "save_atomically", copy)
+
+
+def signalled_run(monkeypatch, script, out_dir, owner, name, call, progress, **options):
+    """The folder of a run that gets a signal in this call of owner.name, and saves its progress."""
+    calls = []
+
+    def send(*args, **options):
+        calls.append(0)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT if call % 2 else signal.SIGTERM)
+
+    stopped = "stopped: go on with python .* --resume '.*my runs/"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=stopped):
+        watch(patch, owner, name, send)
+        run(script, out_dir / "my runs", **options)
+    folder = max((out_dir / "my runs").iterdir(), key=os.path.getmtime)
+    saved = edm.load_torch(folder / "checkpoint.pt")
+    assert len(calls) == call and {key: saved[key] for key in progress} == progress
+    edm.Bar.stop = None
+    return folder
 
 
 def read_metrics(folder):

@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import helpers
@@ -209,13 +210,8 @@ def test_agent_learns_from_generated_transitions(tmp_path, point, script):
 def record(monkeypatch, script):
     """A list that fills with (agent, the rows that it learns from), of each run."""
     seen = []
-    make_update = script.make_update
-
-    def recording(args, agent, rows, loss_sums):
-        seen.append((agent, rows.clone()))
-        return make_update(args, agent, rows, loss_sums)
-
-    monkeypatch.setattr(script, "make_update", recording)
+    see = lambda args, agent, rows, loss_sums: seen.append((agent, rows.clone()))  # noqa: E731
+    helpers.watch(monkeypatch, script, "make_update", see)
     return seen
 
 
@@ -387,20 +383,15 @@ def test_constant_column_may_vary_in_the_environment():
 def test_tracker_that_fails(tmp_path, monkeypatch):
     """Before the run, it is one sentence and nothing is made. In the run, it is passed over."""
 
-    class Error(Exception):
-        pass
-
-    def fail(*args, **options):
-        raise Error("no API key")
-
-    fake = types.SimpleNamespace(Error=Error, init=fail, log=fail)
-    fake.define_metric = lambda *args, **options: None
+    error = type("Error", (Exception,), {})
+    fake = Mock(Error=error)
+    fake.init.side_effect = fake.log.side_effect = error("no API key")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     args = synther_td3bc.Args(out_dir=str(tmp_path / "runs"), track=True)
     with pytest.raises(edm.RunError, match="--track: no API key"):
         synther_td3bc.Run(args)
     assert not (tmp_path / "runs").exists()
-    fake.init = lambda **options: None
+    fake.init.side_effect = None
     own_run = synther_td3bc.Run(args)
     own_run.log(5, {"train/loss": 2.0})
     assert read_metrics(own_run.folder) == {(5, "train/loss"): 2}
@@ -433,12 +424,16 @@ def test_environment_without_time_limit_or_that_fails(monkeypatch, capsys, scrip
 RESUMED = dict(env="Pendulum-v1", device="cpu", seed=1, diffusion_steps=240, checkpoint_every=80)
 RESUMED |= dict(diffusion_width=16, diffusion_depth=1, num_samples=500, updates=240)
 RESUMED |= dict(hidden_dim=16, batch_size=32, eval_every=60, eval_episodes=1)
+STOPS = [
+    (edm.EDM, "loss", 45, dict(stage="diffusion", step=45)),
+    (synther_td3bc.TD3BC, "update_critic", 32, dict(stage="agent", update=32)),
+]
 
 
 @offline
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
-    """Moments at which a file is replaced, for TD3+BC in all stages: a run that ended there goes on
-    to the same numbers."""
+    """Moments at which a file is replaced, for TD3+BC in all stages, and signals: a run that ended
+    there goes on to the same numbers."""
     monkeypatch.setattr(edm, "c2st", lambda *rows: 0.5)  # takes half of the time
     data = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300))
     with monkeypatch.context() as patch:
@@ -448,7 +443,13 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
     assert not list(killed[2].glob("*.npz")) and list(killed[-4].glob("*.npz"))
     plotting = [folder for folder in killed if not (folder / "marginals.png").exists()][-1]
     assert (plotting / "synthetic.npz").exists() and (plotting / "diffusion.pt").exists()
-    for folder in {*killed[1::2], plotting} if script is synther_td3bc else killed[-5:-4]:
+    resumed = killed[-5:-4]
+    if script is synther_td3bc:
+        resumed = {*killed[1::2], plotting}
+        options = RESUMED | dict(dataset_path=data)
+        for stop in STOPS:
+            resumed.add(helpers.signalled_run(monkeypatch, script, tmp_path, *stop, **options))
+    for folder in resumed:
         with open(folder / "metrics.csv", "a") as f:  # came after the checkpoint, cut by the kill
             f.write("240,eval/return_mean,1e9\n50,train/cri")
         helpers.command(monkeypatch, script, resume=folder)

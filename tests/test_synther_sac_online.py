@@ -22,6 +22,7 @@ from helpers import (
     filled,
     outcome,
     read_metrics,
+    watch,
 )
 from plain_agents import plain_sac
 
@@ -82,17 +83,6 @@ def run(out_dir, **options):
 
 def checkpoint(folder):
     return edm.load_torch(folder / "checkpoint.pt")
-
-
-def watch(monkeypatch, owner, name, see):
-    """From now on, see(...) is called before owner.name(...)."""
-    original = getattr(owner, name)
-
-    def watched(*args, **options):
-        see(*args, **options)
-        return original(*args, **options)
-
-    monkeypatch.setattr(owner, name, watched)
 
 
 # --- Arguments, environments, agent ---
@@ -433,6 +423,21 @@ def test_resume_begins_a_new_episode(tmp_path, monkeypatch):
     path.write_text("mine")
     command(monkeypatch, online, resume=folder, save_dataset=path)
     assert path.read_text() == "mine"
+
+
+STOPS = [(edm.EDM, "loss", 45, dict(step=125)), (SAC, "update", 32, dict(step=82))]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_signalled_run_goes_on(tmp_path, monkeypatch, stop):
+    """A new episode begins, and in the first case the diffusion model begins anew."""
+    options = TINY | dict(env="Pendulum-v1", total_steps=250, retrain_every=125, eval_every=100)
+    options |= dict(utd=1, diffusion_steps=300)
+    folder = helpers.signalled_run(monkeypatch, online, tmp_path, *stop, **options)
+    command(monkeypatch, online, resume=folder)
+    saved = checkpoint(folder)
+    assert saved["step"] == len(saved["replay"]) == 250 and len(saved["evaluations"]) == 4
+    assert 2 <= edm.episode_starts(saved["replay"], 3).sum() <= 3  # one is the time limit's
 
 
 SPACES = "not flat Box spaces with float actions in a range"

@@ -380,13 +380,11 @@ def test_dropout_is_off_in_latents_and_evaluations(first_run):
 def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data):
     """Real or generated ones. --agent-path leaves stage 1 out, and gives the same heads."""
     seen = []
-    update = DrQBC.update
 
-    def seeing(self, *batch):
+    def see(agent, *batch):
         seen.append((*batch[:-1], batch[-1].item()))
-        return update(self, *batch)
 
-    monkeypatch.setattr(DrQBC, "update", seeing)
+    helpers.watch(monkeypatch, DrQBC, "update", see)
     options = TINY | dict(dataset_path=vd4rl, data=data, agent_path=str(first_run))
     folder = helpers.run(synther_vd4rl, tmp_path, **options)
     assert (folder / "agent.pt").read_bytes() == (first_run / "agent.pt").read_bytes()
@@ -431,8 +429,8 @@ def test_made_dataset_can_be_loaded(tmp_path):
 
 
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
-    """Every moment at which a file is replaced, in all stages: a run that ended there goes on to
-    the same numbers. On other data it does not go on."""
+    """Every moment at which a file is replaced, in all stages, and signals: a run that ended there
+    goes on to the same numbers. On other data it does not go on."""
     options = TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6, dataset_path=vd4rl)
     with monkeypatch.context() as patch:
         helpers.copy_before_writes(patch, tmp_path / "killed")
@@ -440,7 +438,11 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(killed) > 10 and (killed[-1] / "synthetic.npz").exists()
     assert not (killed[1] / "agent.pt").exists()
-    for folder in killed[::2]:
+    resumed = killed[::2]
+    for call, stage, number in ((3, "stage1", 3), (4 + 3, "stage2", 3)):
+        stop = (DrQBC, "update", call, dict(stage=stage, update=number))
+        resumed += [helpers.signalled_run(monkeypatch, synther_vd4rl, tmp_path, *stop, **options)]
+    for folder in resumed:
         helpers.command(monkeypatch, synther_vd4rl, resume=folder)
         helpers.assert_same_state(helpers.outcome(folder), helpers.outcome(whole), folder.name)
     settings = json.loads((killed[1] / "args.json").read_text()) | dict(env="walker-walk-random")

@@ -5,6 +5,7 @@ A function of an agent takes that of a script, and returns its update(i, ...) nu
 parts of a batch, [batch, columns] each. An update returns its losses in our order, as numbers."""
 
 import copy
+import math
 
 import torch
 import torch.nn as nn
@@ -64,6 +65,37 @@ def sample(actor, s, lowest):
     return a, log_density.sum(1, keepdim=True)
 
 
+def plain_denoised(model, x, sigma):
+    """D_theta of an EDM for rows x [batch, dim] and noise levels sigma [batch, 1]. Waves have their
+    mean factor under the noise in x."""
+    net = model.denoiser
+    recipe = model.recipe
+
+    def linear(layer, h):
+        return F.linear(h, layer.weight, layer.bias)
+
+    def activation(h):
+        if not recipe.gated:
+            return F.relu(h)
+        h, gate = h.chunk(2, dim=1)
+        return h * F.gelu(gate)
+
+    scale = torch.sqrt(sigma**2 + 1)
+    frequencies = [math.pi * 2**k for k in range(recipe.waves)]
+    factors = [torch.exp(-(w**2) * (sigma / scale) ** 2 / 2) for w in frequencies]
+    sines = [factor * torch.sin(w * x / scale) for w, factor in zip(frequencies, factors)]
+    cosines = [factor * torch.cos(w * x / scale) for w, factor in zip(frequencies, factors)]
+    c_noise = torch.log(sigma) / 4
+    angles = 2 * math.pi * c_noise * net.frequencies
+    t = linear(net.time_mlp[0], torch.cat([c_noise, angles.sin(), angles.cos()], dim=1))
+    t = linear(net.time_mlp[2], F.silu(t))
+    h = linear(net.row_in, torch.cat([x / scale, *sines, *cosines], dim=1))
+    h = linear(net.hidden_in, h + t)
+    for block in net.blocks:
+        h = linear(block, activation(h)) + (h if recipe.residual else 0)
+    return x / scale**2 + sigma / scale * linear(net.out, activation(h))
+
+
 def plain_training(model, rows, lr, steps, decay_limit=0.995):
     """A step(k) of diffusion: rows come from the host, the loss goes to a log. Its attribute average
     holds the moving average of the denoiser's parameters."""
@@ -76,7 +108,7 @@ def plain_training(model, rows, lr, steps, decay_limit=0.995):
     def step(k):
         x = rows[torch.randint(len(rows), (recipe.batch_size,))].to(params[0].device)
         sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x), 1, device=x.device))
-        error = model(x + sigma * torch.randn_like(x), sigma) - x
+        error = plain_denoised(model, x + sigma * torch.randn_like(x), sigma) - x
         loss = ((sigma**2 + 1) / sigma**2 * error**2).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -27,7 +27,7 @@ from dynamics import replay
 from helpers import assert_refused, d4rl_rows, episodes, make_minari, transitions, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_agents import plain_training
+from plain_agents import plain_denoised, plain_training
 from scipy.stats import kstest, norm, rankdata
 
 import edm
@@ -49,42 +49,13 @@ def test_number_of_trainable_parameters():
             assert sum(p.numel() for p in Denoiser(dim, **options).parameters()) == count
 
 
-def plain_denoiser(net, x, sigma, waves=0, gated=False, residual=True):
-    """F_theta for one row x and one noise level, written out from the weights of `net`. Waves have
-    their mean factor under the noise in x."""
-
-    def linear(name, h):
-        return net.get_parameter(f"{name}.weight") @ h + net.get_parameter(f"{name}.bias")
-
-    def activation(h):
-        return h[:16] * nn.functional.gelu(h[16:]) if gated else h.clamp(min=0)
-
-    frequencies = [math.pi * 2**k for k in range(waves)]
-    factors = [math.exp(-(w**2) * sigma**2 / (1 + sigma**2) / 2) for w in frequencies]
-    sines = [factor * torch.sin(w * x) for w, factor in zip(frequencies, factors)]
-    cosines = [factor * torch.cos(w * x) for w, factor in zip(frequencies, factors)]
-    c_noise = math.log(sigma) / 4
-    angles = [2 * math.pi * c_noise * w for w in net.frequencies.tolist()]
-    features = torch.tensor([c_noise, *map(math.sin, angles), *map(math.cos, angles)])
-    t = linear("time_mlp.0", features)
-    t = linear("time_mlp.2", t / (1 + (-t).exp()))
-    h = linear("hidden_in", linear("row_in", torch.cat([x, *sines, *cosines])) + t)
-    for i in range(len(net.blocks)):
-        h = linear(f"blocks.{i}", activation(h)) + (h if residual else 0)
-    return linear("out", activation(h))
-
-
 @pytest.mark.parametrize("options", [{}, dict(waves=2, gated=True), dict(residual=False)], ids=str)
 def test_denoiser_equals_the_formula(float64, options):
     torch.manual_seed(0)
     model = EDM(4, width=16, depth=3, time_dim=8, **options)
     x = torch.randn(6, 4)
     sigma = torch.tensor([0.002, 0.1, 0.5, 1.0, 7.0, 80.0])
-    expected = []
-    for row, s in zip(x, sigma.tolist()):
-        network = plain_denoiser(model.denoiser, row / math.sqrt(s * s + 1), s, **options)
-        expected.append(row / (s * s + 1) + s / math.sqrt(s * s + 1) * network)
-    torch.testing.assert_close(model(x, sigma), torch.stack(expected))
+    torch.testing.assert_close(model(x, sigma), plain_denoised(model, x, sigma[:, None]))
     torch.testing.assert_close(model(x, 7.0), model(x, torch.full((6,), 7.0)))
 
 

@@ -16,7 +16,6 @@ the ratios within a turn.
 import argparse
 import ctypes
 import importlib
-import math
 import re
 import resource
 import statistics
@@ -122,27 +121,6 @@ def draw(parts, size=BATCH):
     return [part[index] for part in parts]
 
 
-class PlainDenoiser(edm.Denoiser):
-    def forward(self, x, c_noise):
-        angle = 2 * math.pi * c_noise[:, None] * self.frequencies
-        features = torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1)
-        h = self.hidden_in(self.row_in(x) + self.time_mlp(features))
-        for block in self.blocks:
-            h = h + block(F.relu(h))
-        return self.out(F.relu(h))
-
-
-class PlainEDM(edm.EDM):
-    """The diffusion model with one noise level per row throughout, in sampling too."""
-
-    def __init__(self):
-        super().__init__(DIM)
-        self.denoiser = PlainDenoiser(DIM)
-
-    def denoise(self, x, sigma):
-        return self(x, torch.full((len(x),), sigma, device=x.device))
-
-
 def random_shift_by_sampling(images):
     """The public random shift: every image is interpolated at shifted positions."""
     images = F.pad(images, (4, 4, 4, 4), "replicate")
@@ -175,7 +153,7 @@ def training(part, device, count):
     """A step of train_edm, which waits at its checkpoints while the others have their turn."""
     rows = torch.randn(50_000, DIM)
     model = edm.EDM(DIM).to(device)
-    step = plain_agents.plain_training(PlainEDM().to(device), rows, 3e-4, 100_000)
+    step = plain_agents.plain_training(edm.EDM(DIM).to(device), rows, 3e-4, 100_000)
     multiply = multiplies_of(lambda: model.loss(rows[:BATCH].to(device)).backward(), device)
     turns = []
     last = clock()
@@ -200,7 +178,6 @@ def sampling(part, device, count):
     num_rows = 100_000 if device == "cuda" else 2_000
     num_plain = 100_000 if device == "cuda" else 10_000
     model = edm.EDM(DIM).to(device).requires_grad_(False)
-    plain_model = PlainEDM().to(device)
     x = torch.randn(num_rows, DIM, device=device)
     plain_x = torch.randn(num_plain, DIM, device=device)
     sigmas = edm.karras_sigmas(3)
@@ -209,8 +186,12 @@ def sampling(part, device, count):
     def ours(i):
         edm.generate(model, num_rows)
 
+    def plain_denoise(x, sigma):  # one noise level for each row
+        levels = torch.full((len(x), 1), sigma, device=device)
+        return plain_agents.plain_denoised(model, x, levels)
+
     def plain(i):
-        edm.sample_dpmpp(plain_model.denoise, plain_x, sigmas).cpu()
+        edm.sample_dpmpp(plain_denoise, plain_x, sigmas).cpu()
 
     units = (32 * num_rows, num_rows, 3 * num_plain)
     return take_turns(ours, lambda i: multiply(), plain, count, units)

@@ -11,7 +11,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -48,8 +47,7 @@ def transitions(n, **options):
 
 
 def collect_random(env, num_steps):
-    """Transitions of uniformly random actions in an environment or Gymnasium id."""
-    env = gym.make(env) if isinstance(env, str) else env
+    """Transitions of uniformly random actions in an environment."""
     env.action_space.seed(0)
     steps = []
     obs, _ = env.reset(seed=0)
@@ -78,8 +76,8 @@ def assert_same_losses(update, plain_update, num_updates, rel=1e-9, abs=0):
 
 
 def filled(script, **options):
-    """Arguments of a script as its main fills them, on the CPU."""
-    args = script.Args(device="cpu", **options)
+    """Arguments of a script as its main fills them."""
+    args = script.Args(**dict(device="cpu") | options)
     script.fill_args(args)
     return args
 
@@ -94,9 +92,34 @@ def write(path, arrays):
     return str(path)
 
 
+def make_files(folder, lengths, level="expert", per_file=1):
+    """Episodes of noise in V-D4RL's layout. All numbers differ. Returns the arrays of all files."""
+    rng = np.random.default_rng(0)
+    n = sum(lengths)
+    ends = np.cumsum(lengths)
+    data = {
+        "observation": rng.integers(0, 256, (n, 3, 84, 84), dtype=np.uint8),
+        "action": rng.uniform(-1, 1, (n, 6)).astype(np.float32),
+        "reward": rng.standard_normal(n).astype(np.float32),
+        "discount": rng.uniform(0.5, 1, n).astype(np.float32),
+        "step_type": np.ones(n, np.int64),
+    }
+    data["step_type"][ends - lengths] = 0
+    data["step_type"][ends - 1] = 2
+    for key in ("action", "reward", "discount"):
+        data[key][ends - lengths] = np.nan  # these are never read
+    folder = Path(folder) / "main/walker_walk" / level / "84px"
+    folder.mkdir(parents=True)
+    (folder / "._0.hdf5").touch()  # nor is this, which some systems make
+    bounds = [0, *ends[per_file - 1 : -1 : per_file], n]
+    for i, (first, end) in enumerate(zip(bounds, bounds[1:])):
+        with h5py.File(folder / f"part_{i:02}.hdf5", "w") as f:
+            f.update({key: x[first:end] for key, x in data.items()})
+    return data
+
+
 def make_minari(monkeypatch, folder, **options):
-    """A local Minari dataset test/two-v0 of two episodes, one terminated, one truncated. Returns
-    its transitions."""
+    """A Minari dataset test/two-v0: a terminated episode, a truncated one. Returns its rows."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     buffers = []
     parts = []
@@ -153,8 +176,7 @@ def watch(monkeypatch, owner, name, see):
 
 
 def copy_before_writes(monkeypatch, target):
-    """From now on, before a file is replaced, its folder is copied to target/0, target/1, ...:
-    what a kill leaves."""
+    """Before a file is replaced, its folder is copied to target/0, ...: what a kill leaves."""
     numbers = itertools.count()
 
     def copy(path, write):
@@ -163,22 +185,28 @@ def copy_before_writes(monkeypatch, target):
     watch(monkeypatch, edm, "save_atomically", copy)
 
 
-def signalled_run(monkeypatch, script, out_dir, owner, name, call, progress, **options):
-    """The folder of a run that gets a signal in this call of owner.name, and saves its progress."""
+def stopped_run(monkeypatch, script, out_dir, owner, name, call, progress=None, **options):
+    """The folder of a run that ends in this call of owner.name. It is killed, or if its progress is
+    given, it gets a signal and saves that."""
     calls = []
 
-    def send(*args, **options):
+    def stop(*args, **options):
         calls.append(0)
         if len(calls) == call:
+            if progress is None:
+                raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT if call % 2 else signal.SIGTERM)
 
-    stopped = "stopped: go on with python .* --resume '.*my runs/"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=stopped):
-        watch(patch, owner, name, send)
+    ends = pytest.raises(KeyboardInterrupt)
+    if progress:
+        ends = pytest.raises(SystemExit, match="go on with python .* --resume '.*my runs/")
+    with monkeypatch.context() as patch, ends:
+        watch(patch, owner, name, stop)
         run(script, out_dir / "my runs", **options)
     folder = max((out_dir / "my runs").iterdir(), key=os.path.getmtime)
-    saved = edm.load_torch(folder / "checkpoint.pt")
-    assert len(calls) == call and {key: saved[key] for key in progress} == progress
+    if progress:
+        saved = edm.load_torch(folder / "checkpoint.pt")
+        assert len(calls) == call and {key: saved[key] for key in progress} == progress
     edm.Bar.stop = None
     return folder
 

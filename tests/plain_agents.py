@@ -199,8 +199,7 @@ def ensemble_values(critic, s, a):
 
 
 def plain_edac(agent):
-    """Autograd of the gradients by the actions, and a product for each pair of critics: ES of An et
-    al. 2021, Equation 4."""
+    """Autograd of the gradients by the actions. A product for each pair of critics (Equation 4)."""
     args = agent.args
     limit = agent.actor.max_action
     num_q = args.num_q
@@ -256,8 +255,7 @@ def plain_sac(agent):
             y = r + 0.99 * (1 - done) * (next_q - alpha * next_log_density)
         q = torch.cat(values(critics, s, a), 1)
         critic_loss = F.mse_loss(q, y.expand(-1, num_q)) * num_q
-        for optimizer in critic_optimizers:
-            optimizer.zero_grad()
+        critics.zero_grad()
         critic_loss.backward()
         actor_loss = 0.0
         if i % args.utd == args.utd - 1:

@@ -245,14 +245,11 @@ FAST = dict(time_dim=32, gated=True, waves=3, guidance=1.5, knots=200)  # as man
 OWN = dict(batch_size=16, betas=(0.8, 0.95), clip=2.0, ema_decay=0.6, residual=False, sampler="sde")
 
 
-@pytest.mark.parametrize(
-    "name, steps, lr, options, decay_limit",
-    [
-        ("paper", 140, 3e-2, {}, 0.995),
-        ("fast", 900, 3e-3, FAST, 4 / 9),
-        ("own", 140, 1e-2, OWN, 0.6),
-    ],
-)
+LOOPS = [("paper", 140, 3e-2, {}, 0.995), ("fast", 900, 3e-3, FAST, 4 / 9)]
+LOOPS += [("own", 140, 1e-2, OWN, 0.6)]
+
+
+@pytest.mark.parametrize("name, steps, lr, options, decay_limit", LOOPS)
 def test_training_equals_a_plain_loop(float64, monkeypatch, name, steps, lr, options, decay_limit):
     """Loss, Adam, cosine schedule, clipping and moving average, written with PyTorch's own parts.
     A recipe that is added to RECIPES is used."""

@@ -22,15 +22,7 @@ import pytest
 import torch
 import torch.nn as nn
 import tyro
-from helpers import (
-    assert_same_state,
-    collect_random,
-    outcome,
-    read_metrics,
-    run,
-    transitions,
-    write,
-)
+from helpers import assert_same_state, outcome, read_metrics, run, transitions, write
 
 import edm
 import synther_edac
@@ -80,6 +72,30 @@ def test_sections_agree():
         sections = re.findall("^# --- (.*?) -+$", Path(script.__file__).read_text(), re.M)
         shared = ["Arguments", agent, "Run folder", "Experiment"]
         assert sections[:2] + sections[-2:] == shared
+
+
+IQL = dict(tau=0.005, expectile=0.7, beta=3, deterministic=False, normalize_reward=False)
+IQL |= dict(updates=1_000_000, eval_episodes=10)
+EDAC = dict(num_q=10, eta=1.0, updates=3_000_000, hidden_layers=3, hidden_dim=256)
+EDAC |= dict(learning_rate=3e-4)
+HOPPER = dict(tau=0.001, deterministic=True, normalize_reward=True)
+PAPERS = [
+    (synther_iql, "walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-random-v2", IQL),
+    (synther_iql, "hopper-medium-v2 hopper-medium-replay-v2 hopper-mixed-v2", IQL | HOPPER),
+    (synther_iql, "hopper-medium-expert-v2", IQL | dict(expectile=0.5, beta=6)),
+    (synther_iql, "maze2d-umaze-v1 maze2d-large-v1", IQL | dict(eval_episodes=100)),
+    (synther_edac, "halfcheetah-medium-v2 walker2d-medium-replay-v2 walker2d-mixed-v2", EDAC),
+    (synther_edac, "halfcheetah-medium-expert-v2 walker2d-medium-expert-v2", EDAC | dict(eta=5)),
+    (synther_edac, "hopper-medium-v2 hopper-medium-replay-v2", EDAC | dict(num_q=50)),
+    (synther_edac, "hopper-medium-expert-v2", EDAC | dict(num_q=50)),
+    (synther_edac, "maze2d-umaze-v1 maze2d-large-v1", EDAC | dict(eta=0.1)),
+]
+
+
+@pytest.mark.parametrize("script, names, expected", PAPERS)
+def test_hyperparameters_are_the_papers(script, names, expected):
+    for name in names.split():
+        assert vars(helpers.filled(script, env=name)).items() >= expected.items()
 
 
 # --- Whole runs, in miniature ---
@@ -184,7 +200,7 @@ gym.register("antmaze-foo-v0", Point, max_episode_steps=20)  # as OGBench's
 def point(tmp_path_factory):
     """Files of random transitions, and of those that a diffusion model generates from them."""
     folder = tmp_path_factory.mktemp("point")
-    data = write(folder / "data.npz", collect_random("Point-v0", 3_000))
+    data = write(folder / "data.npz", helpers.collect_random(gym.make("Point-v0"), 3_000))
     options = dict(diffusion_steps=800, diffusion_width=64, diffusion_depth=2, diffusion_lr=3e-3)
     generated = str(folder / "generated.npz")
     edm.main(edm.Args(data=data, out=generated, num_samples=5_000, device="cpu", **options))
@@ -304,7 +320,7 @@ def test_diverging_agent_stops_the_run(tmp_path, point, script):
 @offline
 @pytest.mark.parametrize("env", ["maze2d-umaze-v1", "antmaze-umaze-v2"])
 def test_mazes_run_from_data_to_score(tmp_path, script, env):
-    data = write(tmp_path / "data.npz", collect_random(script.make_env(env), 300))
+    data = write(tmp_path / "data.npz", helpers.collect_random(script.make_env(env), 300))
     options = dict(env=env, dataset_path=data, data="real", updates=5, eval_episodes=1)
     folder = run(script, tmp_path / "runs", **TINY | options)
     low, high = (23.85, 161.86) if env.startswith("maze2d") else (0, 1)
@@ -432,10 +448,9 @@ STOPS = [
 
 @offline
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
-    """Moments at which a file is replaced, for TD3+BC in all stages, and signals: a run that ended
-    there goes on to the same numbers."""
+    """A run that ended when a file is replaced, or by a signal, goes on to the same numbers."""
     monkeypatch.setattr(edm, "c2st", lambda *rows: 0.5)  # takes half of the time
-    data = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300))
+    data = write(tmp_path / "data.npz", helpers.collect_random(gym.make("Pendulum-v1"), 300))
     with monkeypatch.context() as patch:
         helpers.copy_before_writes(patch, tmp_path / "killed")
         whole = run(script, tmp_path / "whole", dataset_path=data, **RESUMED)
@@ -448,7 +463,7 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
         resumed = {*killed[1::2], plotting}
         options = RESUMED | dict(dataset_path=data)
         for stop in STOPS:
-            resumed.add(helpers.signalled_run(monkeypatch, script, tmp_path, *stop, **options))
+            resumed.add(helpers.stopped_run(monkeypatch, script, tmp_path, *stop, **options))
     for folder in resumed:
         with open(folder / "metrics.csv", "a") as f:  # came after the checkpoint, cut by the kill
             f.write("240,eval/return_mean,1e9\n50,train/cri")

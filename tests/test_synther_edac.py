@@ -1,4 +1,4 @@
-"""Tests of synther_edac.py: the agent, its table. test_siblings.py has what scripts share."""
+"""Tests of synther_edac.py: the agent. test_siblings.py has what scripts share."""
 
 import pytest
 import torch
@@ -37,19 +37,3 @@ def test_initial_weights_are_corls():
     assert agent.critic.biases[-1].abs().max() <= 3e-3
     for bias in (*(layer.bias for layer in agent.actor.net[::2]), *agent.critic.biases[:-1]):
         assert (bias == 0.1).all()
-
-
-@pytest.mark.parametrize(
-    "names, num_q, eta",
-    [
-        ("halfcheetah-medium-v2 walker2d-medium-replay-v2 walker2d-mixed-v2", 10, 1.0),
-        ("halfcheetah-medium-expert-v2 walker2d-medium-expert-v2", 10, 5.0),
-        ("hopper-medium-v2 hopper-medium-replay-v2 hopper-medium-expert-v2", 50, 1.0),
-        ("maze2d-umaze-v1 maze2d-large-v1", 10, 0.1),
-    ],
-)
-def test_hyperparameters_are_the_papers(names, num_q, eta):
-    for name in names.split():
-        args = filled(synther_edac, env=name)
-        assert (args.num_q, args.eta, args.updates) == (num_q, eta, 3_000_000)
-        assert (args.hidden_layers, args.hidden_dim, args.learning_rate) == (3, 256, 3e-4)

@@ -1,4 +1,4 @@
-"""Tests of synther_iql.py: agent, table, rewards. test_siblings.py has what scripts share."""
+"""Tests of synther_iql.py: agent, rewards. test_siblings.py has what scripts share."""
 
 import numpy as np
 import pytest
@@ -36,25 +36,6 @@ def test_weight_std_and_action_are_bounded():
     expected = -100 * policy.log_prob(torch.zeros(2)).sum()
     torch.testing.assert_close(agent.update(torch.zeros(64, 10))[2], expected)
     assert (agent.actor.act(torch.zeros(64, 3)) == 1.5).all()
-
-
-@pytest.mark.parametrize(
-    "names, row",  # tau, expectile, beta, deterministic, normalize_reward
-    [
-        ("walker2d-medium-replay-v2 hopper-random-v2", (0.005, 0.7, 3, False, False)),
-        ("halfcheetah-medium-expert-v2", (0.005, 0.7, 3, False, False)),
-        ("hopper-medium-v2 hopper-medium-replay-v2 hopper-mixed-v2", (0.001, 0.7, 3, True, True)),
-        ("hopper-medium-expert-v2", (0.005, 0.5, 6, False, False)),
-        ("maze2d-umaze-v1 maze2d-large-v1", (0.005, 0.7, 3, False, False)),
-    ],
-)
-def test_hyperparameters_are_the_papers(names, row):
-    for name in names.split():
-        args = filled(synther_iql, env=name)
-        assert (args.tau, args.expectile, args.beta) == row[:3]
-        assert (args.deterministic, args.normalize_reward) == row[3:]
-        assert args.updates == 1_000_000
-        assert args.eval_episodes == (100 if name.startswith("maze2d") else 10)
 
 
 @pytest.mark.parametrize("env, scale", [("Hopper-v4", 1000 / 6), ("maze2d-umaze-v1", 1)])

@@ -14,16 +14,7 @@ import pytest
 import torch
 from dm_control import suite
 from dm_control.rl import control
-from helpers import (
-    assert_refused,
-    assert_same_losses,
-    assert_same_state,
-    command,
-    filled,
-    outcome,
-    read_metrics,
-    watch,
-)
+from helpers import assert_same_state, command, read_metrics, watch
 from plain_agents import plain_sac
 
 import edm
@@ -105,7 +96,7 @@ MODEL |= dict(diffusion_batch_size=256, num_samples=1_000_000, retrain_every=10_
     ],
 )
 def test_defaults_are_the_papers(env, algo, expected):
-    args = filled(online, env=env, algo=algo)
+    args = helpers.filled(online, env=env, algo=algo)
     assert {name: getattr(args, name) for name in PAPER | expected} == PAPER | expected
 
 
@@ -178,7 +169,7 @@ def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
     def update(i, batch):
         return agent.update(batch, with_actor=i % utd == utd - 1)
 
-    assert_same_losses(update, plain_sac(agent), 100, abs=1e-9)
+    helpers.assert_same_losses(update, plain_sac(agent), 100, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -370,21 +361,6 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
 # --- Runs that were stopped ---
 
 
-def stopped_run(monkeypatch, out_dir, owner, name, count, **options):
-    """The folder of a run that ends at the call number `count` of owner.name."""
-    calls = []
-
-    def stop(*_, **__):
-        calls.append(0)
-        if len(calls) == count:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, owner, name, stop)
-        run(out_dir, **options)
-    return next(out_dir.glob("*__*"))
-
-
 # Episodes begin in one place and end at each checkpoint. So a new episode changes nothing.
 EXACT = dict(env="Loop-v0", seed=1, learning_starts=30, eval_every=40, warm_start=True)
 
@@ -401,17 +377,18 @@ def whole(tmp_path_factory):
     + [(online, "evaluate", 4), (online, "Figure", 1)],
 )
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, owner, name, count):
-    folder = stopped_run(monkeypatch, tmp_path, owner, name, count, **EXACT)
+    stop = (owner, name, count)
+    folder = helpers.stopped_run(monkeypatch, online, tmp_path, *stop, **TINY | EXACT)
     if name == "plot_marginals":
         assert checkpoint(folder)["model_step"] == 60  # the results are kept before they are shown
     command(monkeypatch, online, resume=folder)
-    assert_same_state(outcome(folder), outcome(whole))
+    assert_same_state(helpers.outcome(folder), helpers.outcome(whole))
 
 
 def test_resume_begins_a_new_episode(tmp_path, monkeypatch):
     """The ended run can still be saved, but not over a file that exists."""
-    options = dict(env="Pendulum-v1", algo="sac", eval_episodes=0, eval_every=40)
-    folder = stopped_run(monkeypatch, tmp_path, SAC, "update", 150, **options)
+    options = TINY | dict(env="Pendulum-v1", algo="sac", eval_episodes=0, eval_every=40)
+    folder = helpers.stopped_run(monkeypatch, online, tmp_path, SAC, "update", 150, **options)
     path = tmp_path / "late.h5"
     command(monkeypatch, online, resume=folder)
     command(monkeypatch, online, resume=folder, save_dataset=path)
@@ -433,7 +410,7 @@ def test_signalled_run_goes_on(tmp_path, monkeypatch, stop):
     """A new episode begins, and in the first case the diffusion model begins anew."""
     options = TINY | dict(env="Pendulum-v1", total_steps=250, retrain_every=125, eval_every=100)
     options |= dict(utd=1, diffusion_steps=300)
-    folder = helpers.signalled_run(monkeypatch, online, tmp_path, *stop, **options)
+    folder = helpers.stopped_run(monkeypatch, online, tmp_path, *stop, **options)
     command(monkeypatch, online, resume=folder)
     saved = checkpoint(folder)
     assert saved["step"] == len(saved["replay"]) == 250 and len(saved["evaluations"]) == 4
@@ -471,4 +448,4 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, words):
     (tmp_path / "run/checkpoint.pt").write_bytes(b"PK damaged")
     (tmp_path / "old.hdf5").write_text("old")
     options = {name.replace("-", "_"): x for name, x in re.findall(r"--(\S+) (\S+)", words)}
-    assert_refused(monkeypatch, capsys, tmp_path, online, BAD_COMMANDS[words], **options)
+    helpers.assert_refused(monkeypatch, capsys, tmp_path, online, BAD_COMMANDS[words], **options)

@@ -24,32 +24,6 @@ from synther_vd4rl import Args, DrQBC, extract_latents, find_files, random_shift
 # --- Dataset ---
 
 
-def make_files(folder, lengths, level="expert", per_file=1):
-    """Episodes of noise in V-D4RL's layout. All numbers differ. Returns the arrays of all files."""
-    rng = np.random.default_rng(0)
-    n = sum(lengths)
-    ends = np.cumsum(lengths)
-    data = {
-        "observation": rng.integers(0, 256, (n, 3, 84, 84), dtype=np.uint8),
-        "action": rng.uniform(-1, 1, (n, 6)).astype(np.float32),
-        "reward": rng.standard_normal(n).astype(np.float32),
-        "discount": rng.uniform(0.5, 1, n).astype(np.float32),
-        "step_type": np.ones(n, np.int64),
-    }
-    data["step_type"][ends - lengths] = 0
-    data["step_type"][ends - 1] = 2
-    for key in ("action", "reward", "discount"):
-        data[key][ends - lengths] = math.nan  # these are never read
-    folder = Path(folder) / "main/walker_walk" / level / "84px"
-    folder.mkdir(parents=True)
-    (folder / "._0.hdf5").touch()  # nor is this, which some systems make
-    bounds = [0, *ends[per_file - 1 : -1 : per_file], n]
-    for i, (first, end) in enumerate(zip(bounds, bounds[1:])):
-        with h5py.File(folder / f"part_{i:02}.hdf5", "w") as f:
-            f.update({key: x[first:end] for key, x in data.items()})
-    return data
-
-
 def filled(folder="", **options):
     """Arguments as main fills them, but of small heads."""
     small = dict(dataset_path=str(folder), hidden_dim=16, learning_rate=1e-3)
@@ -64,7 +38,7 @@ def load(args):
 @pytest.mark.parametrize("per_file", [1, 3])
 def test_transitions_are_all_windows_within_episodes(tmp_path, nstep, per_file):
     lengths = np.array([6, 2, 9])
-    raw = make_files(tmp_path, lengths, per_file=per_file)
+    raw = helpers.make_files(tmp_path, lengths, per_file=per_file)
     data = load(filled(tmp_path, nstep=nstep))
     assert torch.equal(data["frames"], torch.from_numpy(raw["observation"]))
     images = stacked(data["frames"], data["row"] - 1, data["start"])
@@ -90,7 +64,7 @@ def test_transitions_are_all_windows_within_episodes(tmp_path, nstep, per_file):
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path, name):
     """Also where they begin within an episode. Without one of them, a sentence says where it was."""
     lengths = np.array([5] * 9 + [7 if name == "{}" else 5])
-    raw = make_files(tmp_path, lengths, per_file=10)
+    raw = helpers.make_files(tmp_path, lengths, per_file=10)
     args = filled(tmp_path)
     (whole,) = find_files(args)
     whole.unlink()
@@ -126,7 +100,7 @@ BAD_FILES = {  # an array, and what is in its place
 
 @pytest.mark.parametrize("message", BAD_FILES)
 def test_bad_file_ends_in_one_sentence(tmp_path, message):
-    make_files(tmp_path, np.array([5, 5]))
+    helpers.make_files(tmp_path, np.array([5, 5]))
     path = tmp_path / "main/walker_walk/expert/84px/part_00.hdf5"
     key, value = BAD_FILES[message]
     with h5py.File(path, "a") as f:
@@ -242,7 +216,7 @@ CASES = [("drqbc", "both", BOTH), ("drqbc", "actor", BOTH[:1]), ("drqbc", "criti
 @pytest.mark.parametrize("algo, latent, trunks", [*CASES, ("bc", "both", BOTH[:1])])
 def test_order_of_a_latent_row(tmp_path, monkeypatch, algo, latent, trunks, nstep):
     """[pi(h), Q(h), a, r, pi(h'), Q(h')] of shifted images (Appendix F), h' nstep after h."""
-    make_files(tmp_path, np.array([7, 6]))
+    helpers.make_files(tmp_path, np.array([7, 6]))
     args = filled(tmp_path, algo=algo, latent=latent, nstep=nstep)
     data = load(args)
     agent = DrQBC(6, args, "stage1")
@@ -295,8 +269,8 @@ def no_rendering():
 def vd4rl(tmp_path_factory):
     """A folder with datasets of three and of two short episodes."""
     folder = tmp_path_factory.mktemp("vd4rl")
-    make_files(folder, np.array([8, 8, 8]))
-    make_files(folder, np.array([8, 8]), level="random")
+    helpers.make_files(folder, np.array([8, 8, 8]))
+    helpers.make_files(folder, np.array([8, 8]), level="random")
     return str(folder)
 
 
@@ -429,8 +403,7 @@ def test_made_dataset_can_be_loaded(tmp_path):
 
 
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
-    """Every moment at which a file is replaced, in all stages, and signals: a run that ended there
-    goes on to the same numbers. On other data it does not go on."""
+    """A run that ended when a file is replaced, or by a signal, goes on, but not on other data."""
     options = TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6, dataset_path=vd4rl)
     with monkeypatch.context() as patch:
         helpers.copy_before_writes(patch, tmp_path / "killed")
@@ -441,7 +414,7 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     resumed = killed[::2]
     for call, stage, number in ((3, "stage1", 3), (4 + 3, "stage2", 3)):
         stop = (DrQBC, "update", call, dict(stage=stage, update=number))
-        resumed += [helpers.signalled_run(monkeypatch, synther_vd4rl, tmp_path, *stop, **options)]
+        resumed += [helpers.stopped_run(monkeypatch, synther_vd4rl, tmp_path, *stop, **options)]
     for folder in resumed:
         helpers.command(monkeypatch, synther_vd4rl, resume=folder)
         helpers.assert_same_state(helpers.outcome(folder), helpers.outcome(whole), folder.name)

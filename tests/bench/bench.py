@@ -27,7 +27,6 @@ from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own; 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import plain_agents
+from helpers import filled, make_files
 
 import edm
 
@@ -200,8 +200,7 @@ def sampling(part, device, count):
 def offline(part, device, count):
     """An update of TD3+BC, IQL or EDAC."""
     script = importlib.import_module(f"synther_{part}")
-    args = script.Args(env="walker2d-medium-v2", device=device)
-    script.fill_args(args)
+    args = filled(script, env="walker2d-medium-v2", device=device)
     rows = random_rows(100_000).to(device)
     parts = [x.contiguous() for x in rows.split(SIZES, dim=1)]
     agent = getattr(script, part.upper())(OBS_DIM, ACT_DIM, 1.0, args)
@@ -217,10 +216,8 @@ def offline(part, device, count):
 
 def online(part, device, count):
     """A critic update of SAC (SynthER) or REDQ, at 20 per environment step."""
-    import synther_sac_online as script
-
-    args = script.Args(env="HalfCheetah-v4", algo=part, device=device)
-    script.fill_args(args)
+    script = importlib.import_module("synther_sac_online")
+    args = filled(script, env="HalfCheetah-v4", algo=part, device=device)
     rows = random_rows(20_000).to(device)
     replay = SimpleNamespace(rows=rows, step=len(rows), synthetic=rows[:0])
     buffers = [[x.numpy() for x in rows.cpu().split(SIZES, dim=1)]]
@@ -249,10 +246,8 @@ def online(part, device, count):
 
 def pixels(part, device, count):
     """An update of DrQ+BC from images."""
-    import synther_vd4rl as script
-
-    args = script.Args(device=device)
-    script.fill_args(args)
+    script = importlib.import_module("synther_vd4rl")
+    args = filled(script, device=device)
     frames = torch.randint(0, 256, (4_004, 3, 84, 84), dtype=torch.uint8)
     data = dict(frames=frames, row=torch.arange(4_000), start=torch.zeros(4_000, dtype=torch.long))
     data |= dict(action=2 * torch.rand(4_000, ACT_DIM) - 1, reward=2 * torch.rand(4_000))
@@ -302,15 +297,7 @@ def memory_of_rows(folder):
 
 def memory_of_images(folder):
     """synther_vd4rl.py on random images, a few updates of the paper's batch size."""
-    files = Path(folder) / "main/walker_walk/expert/84px"
-    files.mkdir(parents=True)
-    columns = dict(reward=np.ones(501, np.float32), discount=np.ones(501, np.float32))
-    columns["step_type"] = np.array([0] + 499 * [1] + [2])
-    for i in range(200):
-        columns["observation"] = np.random.randint(0, 256, (501, 3, 84, 84), dtype=np.uint8)
-        columns["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
-        with h5py.File(files / f"{i:05}.hdf5", "w") as f:
-            f.update(columns)
+    make_files(folder, np.full(200, 501))
     options = dict(dataset_path=folder, stage1_updates=20, stage2_updates=20, num_samples=100_000)
     peak_memory("100,000 images (2.12 GB)", "synther_vd4rl.py", folder, **options)
 

@@ -89,7 +89,8 @@ def train_a_little(script, device):
     return {name: x for name, x in agent.items() if name.startswith("critic.")}
 
 
-def agreement(device):
+def agreement(args):
+    device = args.device
     torch.manual_seed(0)
     model = edm.EDM(42).requires_grad_(False)
     x = 80 * torch.randn(256, 42)
@@ -107,32 +108,40 @@ def agreement(device):
         print(f"graphs against eager steps, {script.__name__}: {difference:.1e}", flush=True)
 
 
+def bench(args):
+    command = [sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device]
+    subprocess.run(command + ["--quick"] * args.quick, check=True)
+
+
 def run(args, script, *options):
     """Run a script of the project and print its time."""
     start = time.time()
-    options = [*map(str, options), "--device", args.device, "--out-dir", args.out_dir]
+    options = [*options, "--device", args.device, "--out-dir", args.out_dir]
+    if args.quick:
+        options += "--diffusion-steps 200 --diffusion-width 64 --num-samples 20000".split()
     subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
     print(f"{script} {' '.join(options)}: {time.time() - start:.0f} s", flush=True)
 
 
-def experiment(args, small):
-    common = ["--env", "walker2d-medium-replay-v2", *small]
-    common += ["--updates", 500] if args.quick else []
+def experiment(args):
+    common = ["--env", "walker2d-medium-replay-v2"]
+    common += ["--updates", "500"] if args.quick else []
     common += ["--dataset-path", args.data] if args.data else []
     run(args, "synther_td3bc.py", *common)
     found = Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz")
-    samples = max(found, key=os.path.getmtime)
+    samples = str(max(found, key=os.path.getmtime))
     for script in ("synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--synthetic-path", samples)
     for script in ("synther_td3bc.py", "synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--data", "real")
 
 
-def online(args, small):
-    small = [*small, "--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
+def online(args):
+    common = ["--env", "HalfCheetah-v4"]
+    if args.quick:
+        common += "--total-steps 700 --learning-starts 500 --retrain-every 600".split()
     for algo in ("synther", "redq", "sac"):
-        options = ["--env", "HalfCheetah-v4", "--algo", algo, *(small if args.quick else [])]
-        run(args, "synther_sac_online.py", *options)
+        run(args, "synther_sac_online.py", *common, "--algo", algo)
 
 
 def recipes(args):
@@ -165,19 +174,12 @@ def recipes(args):
 
 
 def main(args):
-    small = ["--diffusion-steps", 200, "--diffusion-width", 64, "--num-samples", 20_000]
-    small = small if args.quick else []
-    if args.only in (None, "agreement"):
-        agreement(args.device)
-    if args.only in (None, "bench"):
-        command = [sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device]
-        subprocess.run(command + ["--quick"] * args.quick, check=True)
-    if args.only in (None, "experiment"):
-        experiment(args, small)
-    if args.only in (None, "online"):
-        online(args, small)
-    if args.data and args.only in (None, "recipes"):
-        recipes(args)
+    parts = dict(agreement=agreement, bench=bench, experiment=experiment, online=online)
+    if args.data:
+        parts["recipes"] = recipes
+    for name, part in parts.items():
+        if args.only in (None, name):
+            part(args)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def stopped_run(monkeypatch, script, out_dir, owner, name, call, progress=None, 
 
     ends = pytest.raises(KeyboardInterrupt)
     if progress:
-        ends = pytest.raises(SystemExit, match="go on with python .* --resume '.*my runs/")
+        ends = pytest.raises(SystemExit, match="stopped: go on with python .* --resume '.*my runs/")
     with monkeypatch.context() as patch, ends:
         watch(patch, owner, name, stop)
         run(script, out_dir / "my runs", **options)

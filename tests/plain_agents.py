@@ -1,8 +1,9 @@
 """Diffusion's training and the agents as the public codes write them (SynthER, CORL, REDQ, V-D4RL),
 with the first weights of ours. Tests compare the losses of both, and bench.py the times.
 
-A function of an agent takes that of a script, and returns its update(i, ...) number i = 0, 1, ... on the
-parts of a batch, [batch, columns] each. An update returns its losses in our order, as numbers."""
+A function of an agent takes that of a script, and returns its update(i, ...) number i = 0, 1, ...,
+on the parts of a batch, [batch, columns] each. An update returns its losses in our order, as
+numbers."""
 
 import copy
 import math
@@ -97,8 +98,8 @@ def plain_denoised(model, x, sigma):
 
 
 def plain_training(model, rows, lr, steps, decay_limit=0.995):
-    """A step(k) of diffusion: rows come from the host, the loss goes to a log. Its attribute average
-    holds the moving average of the denoiser's parameters."""
+    """A step(k) of diffusion: rows come from the host, the loss goes to a log. step.average is the
+    moving average of the denoiser's parameters. A step returns its loss and the gradient's norm."""
     recipe = model.recipe
     params = list(model.denoiser.parameters())
     average = [p.detach().clone() for p in params]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,7 @@ import edm
 sys.path.append(str(Path(edm.__file__).parent / "tests/paper"))
 import figure6
 import figure7
+import recipes
 import runs
 import small_data
 import table1
@@ -179,3 +181,13 @@ def test_copula_and_independent_columns():
         assert edm.marginal(rows, samples) > 0.98 and (samples[:, 2] == 0).all()
         rho.append(spearmanr(samples[:, 0], samples[:, 1])[0])
     assert rho[0] > 0.8 and rho[1] == pytest.approx(rho[0], abs=0.02) and abs(rho[2]) < 0.06
+
+
+def test_recipes_trains_its_variations():
+    fast = edm.RECIPES["fast"]
+    plain = replace(edm.Recipe(), depth=2, residual=False)
+    cases = [("paper, plain MLP, depth 2", plain, -1.2), ("P_mean -2.0", fast, -2.0)]
+    for name, recipe, p_mean in cases:
+        model = recipes.train(torch.randn(1_001, 4), name, 1)
+        assert model.recipe == replace(recipe, ema_decay=model.recipe.ema_decay)
+        assert model.P_MEAN == p_mean

@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import helpers
@@ -21,7 +22,7 @@ import pytest
 import torch
 import torch.nn as nn
 import tyro
-from helpers import assert_same_state, collect_random, read_metrics, run, transitions, write
+from helpers import assert_same_state, outcome, read_metrics, run, transitions, write
 
 import edm
 import synther_edac
@@ -69,10 +70,32 @@ def test_sections_agree():
     """Arguments, agent, the rest: one order in all scripts."""
     for script, agent in zip(SCRIPTS, ("TD3+BC", "IQL", "EDAC", "SAC", "DrQ+BC and BC")):
         sections = re.findall("^# --- (.*?) -+$", Path(script.__file__).read_text(), re.M)
-        assert sections[:2] == ["Arguments", agent] and sections[-2:] == [
-            "Run folder",
-            "Experiment",
-        ]
+        shared = ["Arguments", agent, "Run folder", "Experiment"]
+        assert sections[:2] + sections[-2:] == shared
+
+
+IQL = dict(tau=0.005, expectile=0.7, beta=3, deterministic=False, normalize_reward=False)
+IQL |= dict(updates=1_000_000, eval_episodes=10)
+EDAC = dict(num_q=10, eta=1.0, updates=3_000_000, hidden_layers=3, hidden_dim=256)
+EDAC |= dict(learning_rate=3e-4)
+HOPPER = dict(tau=0.001, deterministic=True, normalize_reward=True)
+PAPERS = [
+    (synther_iql, "walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-random-v2", IQL),
+    (synther_iql, "hopper-medium-v2 hopper-medium-replay-v2 hopper-mixed-v2", IQL | HOPPER),
+    (synther_iql, "hopper-medium-expert-v2", IQL | dict(expectile=0.5, beta=6)),
+    (synther_iql, "maze2d-umaze-v1 maze2d-large-v1", IQL | dict(eval_episodes=100)),
+    (synther_edac, "halfcheetah-medium-v2 walker2d-medium-replay-v2 walker2d-mixed-v2", EDAC),
+    (synther_edac, "halfcheetah-medium-expert-v2 walker2d-medium-expert-v2", EDAC | dict(eta=5)),
+    (synther_edac, "hopper-medium-v2 hopper-medium-replay-v2", EDAC | dict(num_q=50)),
+    (synther_edac, "hopper-medium-expert-v2", EDAC | dict(num_q=50)),
+    (synther_edac, "maze2d-umaze-v1 maze2d-large-v1", EDAC | dict(eta=0.1)),
+]
+
+
+@pytest.mark.parametrize("script, names, expected", PAPERS)
+def test_hyperparameters_are_the_papers(script, names, expected):
+    for name in names.split():
+        assert vars(helpers.filled(script, env=name)).items() >= expected.items()
 
 
 # --- Whole runs, in miniature ---
@@ -132,22 +155,7 @@ def test_scripts_leave_the_same_keys_and_samples(folders):
     for folder in others:
         own_keys = {key for _, key in read_metrics(folder)}
         assert {key for key in own_keys if not key.startswith("train/")} == keys
-        assert_same_arrays(folder / "synthetic.npz", first / "synthetic.npz")
-
-
-def assert_same_arrays(path, other):
-    with np.load(path) as a, np.load(other) as b:
-        assert set(a) == set(b)
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-
-
-def saved_state(folder, name="checkpoint.pt"):
-    """What a run saved, without its clock."""
-    state = edm.load_torch(folder / name)
-    state.pop("seconds", None)
-    state.pop("log_size", None)
-    return state
+        assert_same_state(outcome(folder)["synthetic.npz"], outcome(first)["synthetic.npz"])
 
 
 @pytest.mark.parametrize("script", [synther_iql, synther_edac])
@@ -156,7 +164,7 @@ def test_another_agent_on_the_same_samples(folders, tmp_path, script):
     path = folders[synther_td3bc] / "synthetic.npz"
     folder = run(script, tmp_path, subsample=2_000, synthetic_path=str(path), **TINY)
     assert not (folder / "diffusion.pt").exists() and not (folder / "synthetic.npz").exists()
-    assert_same_state(saved_state(folder), saved_state(folders[script]))
+    assert_same_state(*[outcome(own)["checkpoint.pt"] for own in (folder, folders[script])])
 
 
 class Point(gym.Env):
@@ -192,7 +200,7 @@ gym.register("antmaze-foo-v0", Point, max_episode_steps=20)  # as OGBench's
 def point(tmp_path_factory):
     """Files of random transitions, and of those that a diffusion model generates from them."""
     folder = tmp_path_factory.mktemp("point")
-    data = write(folder / "data.npz", collect_random("Point-v0", 3_000))
+    data = write(folder / "data.npz", helpers.collect_random(gym.make("Point-v0"), 3_000))
     options = dict(diffusion_steps=800, diffusion_width=64, diffusion_depth=2, diffusion_lr=3e-3)
     generated = str(folder / "generated.npz")
     edm.main(edm.Args(data=data, out=generated, num_samples=5_000, device="cpu", **options))
@@ -218,13 +226,8 @@ def test_agent_learns_from_generated_transitions(tmp_path, point, script):
 def record(monkeypatch, script):
     """A list that fills with (agent, the rows that it learns from), of each run."""
     seen = []
-    make_update = script.make_update
-
-    def recording(args, agent, rows, loss_sums):
-        seen.append((agent, rows.clone()))
-        return make_update(args, agent, rows, loss_sums)
-
-    monkeypatch.setattr(script, "make_update", recording)
+    see = lambda args, agent, rows, loss_sums: seen.append((agent, rows.clone()))  # noqa: E731
+    helpers.watch(monkeypatch, script, "make_update", see)
     return seen
 
 
@@ -317,7 +320,7 @@ def test_diverging_agent_stops_the_run(tmp_path, point, script):
 @offline
 @pytest.mark.parametrize("env", ["maze2d-umaze-v1", "antmaze-umaze-v2"])
 def test_mazes_run_from_data_to_score(tmp_path, script, env):
-    data = write(tmp_path / "data.npz", collect_random(script.make_env(env), 300))
+    data = write(tmp_path / "data.npz", helpers.collect_random(script.make_env(env), 300))
     options = dict(env=env, dataset_path=data, data="real", updates=5, eval_episodes=1)
     folder = run(script, tmp_path / "runs", **TINY | options)
     low, high = (23.85, 161.86) if env.startswith("maze2d") else (0, 1)
@@ -396,20 +399,15 @@ def test_constant_column_may_vary_in_the_environment():
 def test_tracker_that_fails(tmp_path, monkeypatch):
     """Before the run, it is one sentence and nothing is made. In the run, it is passed over."""
 
-    class Error(Exception):
-        pass
-
-    def fail(*args, **options):
-        raise Error("no API key")
-
-    fake = types.SimpleNamespace(Error=Error, init=fail, log=fail)
-    fake.define_metric = lambda *args, **options: None
+    error = type("Error", (Exception,), {})
+    fake = Mock(Error=error)
+    fake.init.side_effect = fake.log.side_effect = error("no API key")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     args = synther_td3bc.Args(out_dir=str(tmp_path / "runs"), track=True)
     with pytest.raises(edm.RunError, match="--track: no API key"):
         synther_td3bc.Run(args)
     assert not (tmp_path / "runs").exists()
-    fake.init = lambda **options: None
+    fake.init.side_effect = None
     own_run = synther_td3bc.Run(args)
     own_run.log(5, {"train/loss": 2.0})
     assert read_metrics(own_run.folder) == {(5, "train/loss"): 2}
@@ -442,50 +440,41 @@ def test_environment_without_time_limit_or_that_fails(monkeypatch, capsys, scrip
 RESUMED = dict(env="Pendulum-v1", device="cpu", seed=1, diffusion_steps=240, checkpoint_every=80)
 RESUMED |= dict(diffusion_width=16, diffusion_depth=1, num_samples=500, updates=240)
 RESUMED |= dict(hidden_dim=16, batch_size=32, eval_every=60, eval_episodes=1)
+STOPS = [
+    (edm.EDM, "loss", 45, dict(stage="diffusion", step=45)),
+    (synther_td3bc.TD3BC, "update_critic", 32, dict(stage="agent", update=32)),
+]
 
 
 @offline
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, script):
-    """Moments at which a file is replaced, for TD3+BC in all stages: a run that ended there goes on
-    to the same numbers."""
+    """A run that ended when a file is replaced, or by a signal, goes on to the same numbers."""
     monkeypatch.setattr(edm, "c2st", lambda *rows: 0.5)  # takes half of the time
-    data = write(tmp_path / "data.npz", collect_random("Pendulum-v1", 300))
+    data = write(tmp_path / "data.npz", helpers.collect_random(gym.make("Pendulum-v1"), 300))
     with monkeypatch.context() as patch:
         helpers.copy_before_writes(patch, tmp_path / "killed")
         whole = run(script, tmp_path / "whole", dataset_path=data, **RESUMED)
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert not list(killed[2].glob("*.npz")) and list(killed[-4].glob("*.npz"))
-    for folder in killed[1::2] if script is synther_td3bc else killed[-5:-4]:
+    plotting = [folder for folder in killed if not (folder / "marginals.png").exists()][-1]
+    assert (plotting / "synthetic.npz").exists() and (plotting / "diffusion.pt").exists()
+    resumed = killed[-5:-4]
+    if script is synther_td3bc:
+        resumed = {*killed[1::2], plotting}
+        options = RESUMED | dict(dataset_path=data)
+        for stop in STOPS:
+            resumed.add(helpers.stopped_run(monkeypatch, script, tmp_path, *stop, **options))
+    for folder in resumed:
         with open(folder / "metrics.csv", "a") as f:  # came after the checkpoint, cut by the kill
             f.write("240,eval/return_mean,1e9\n50,train/cri")
         helpers.command(monkeypatch, script, resume=folder)
-        assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-        for name in ("checkpoint.pt", "diffusion.pt"):
-            assert_same_state(saved_state(folder, name), saved_state(whole, name), name)
-        for name in ("synthetic.npz", "final_returns.npz"):
-            assert_same_arrays(folder / name, whole / name)
-        logs = []
-        for path in (folder, whole):
-            logs.append([x for x in read_metrics(path).items() if "perf/" not in x[0][1]])
-        np.testing.assert_equal(*logs)  # in the same order
+        assert_same_state(outcome(folder), outcome(whole))
     with np.load(data) as f:  # the file is replaced in the meantime
         write(Path(data), dict(f) | {"terminals": np.arange(300) == 7})
     for folder in (killed[3], killed[-1]):  # in the diffusion model's stage, in the agent's
         with pytest.raises(SystemExit):
             helpers.command(monkeypatch, script, resume=folder)
         assert "checkpoint.pt is of other data" in capsys.readouterr().err
-
-
-def test_plot_that_fails_leaves_the_results(tmp_path, monkeypatch, point):
-    """The samples and the model are written before it, and --resume goes on with them."""
-    options = dict(env="Point-v0", dataset_path=point["dataset_path"], updates=5)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(edm, "plot_marginals", lambda *args: 1 / 0)
-        run(synther_td3bc, tmp_path, **TINY | options)
-    (folder,) = tmp_path.iterdir()
-    assert (folder / "synthetic.npz").exists() and (folder / "diffusion.pt").exists()
-    helpers.command(monkeypatch, synther_td3bc, resume=folder)
-    assert (folder / "final_returns.npz").exists() and (folder / "marginals.png").exists()
 
 
 def test_ended_run_is_resumed_elsewhere(tmp_path, monkeypatch, capsys, point):
@@ -501,9 +490,8 @@ def test_ended_run_is_resumed_elsewhere(tmp_path, monkeypatch, capsys, point):
     for kept in (log, log[:60], b"step"):
         (folder / "metrics.csv").write_bytes(kept)
         helpers.command(monkeypatch, synther_td3bc, resume=f"~/{folder.name}", device="auto")
-        assert (folder / "metrics.csv").read_bytes().splitlines() == log.splitlines()[
-            : max(kept.count(b"\n"), 1)
-        ]
+        lines = log.splitlines()[: max(kept.count(b"\n"), 1)]
+        assert (folder / "metrics.csv").read_bytes().splitlines() == lines
     shutil.copy(point["synthetic_path"], tmp_path / "data.npz")
     (folder / "checkpoint.pt").unlink()
     helpers.command(monkeypatch, synther_td3bc, resume=folder)
@@ -522,7 +510,7 @@ def test_run_is_of_one_process(tmp_path, monkeypatch, capsys, point, script):
     offline = dict(dataset_path=point["dataset_path"], data="real", updates=5)
     options |= offline if script is synther_td3bc else online
     folder, again = [run(script, tmp_path, **options) for _ in range(2)]
-    assert_same_arrays(folder / "final_returns.npz", again / "final_returns.npz")
+    assert_same_state(*[outcome(own)["final_returns.npz"] for own in (folder, again)])
     path = str(folder / "metrics.csv")
     code = f"import edm; file = edm.open_alone({path!r}); print(flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,68 +1,34 @@
-"""Tests of synther_iql.py: agent, table, rewards. test_siblings.py has what scripts share."""
-
-import copy
+"""Tests of synther_iql.py: agent, rewards. test_siblings.py has what scripts share."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import plain
+from helpers import assert_same_losses, filled
+from plain_agents import plain_iql
 
 import edm
 import synther_iql
 from synther_iql import IQL, Args
 
 
-def filled(**options):
-    args = Args(device="cpu", **options)
-    synther_iql.fill_args(args)
-    return args
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_iql_equals_a_plain_implementation(float64, deterministic):
-    """100 updates. That every loss is the same shows that all parameters are."""
     torch.manual_seed(0)
     values = dict(expectile=0.8, beta=2.0, tau=0.01, learning_rate=1e-3, hidden_dim=16, updates=100)
-    agent = IQL(3, 2, 1.5, filled(deterministic=deterministic, **values))
-    mean = copy.deepcopy(agent.actor.net)
-    log_std = copy.deepcopy(agent.actor.log_std)
-    critics = plain(agent.critic)
-    value = plain(agent.value)[0]
-    targets = copy.deepcopy(critics)
-    actor_params = [*mean.parameters()] + ([] if deterministic else [log_std])
-    params = [value.parameters(), critics.parameters(), actor_params]
-    optimizers = [torch.optim.Adam(p, 1e-3) for p in params]
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[2], 100)
-    for i in range(100):
-        batch = torch.cat([torch.randn(32, 9), 1.0 * (torch.rand(32, 1) > 0.8)], 1)
+    agent = IQL(3, 2, 1.5, filled(synther_iql, deterministic=deterministic, **values))
+    assert isinstance(agent.actor.net[-1], nn.Tanh) == deterministic
+
+    def update(i, batch):
         agent.anneal(i + 1)
-        losses = agent.update(batch)
-        s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
-        x = torch.cat([s, a], 1)
-        y = (r + (1 - d) * 0.99 * value(s_next)).detach()
-        advantage = torch.min(targets[0](x), targets[1](x)).detach() - value(s)
-        v_loss = ((0.8 - (advantage < 0).double()).abs() * advantage**2).mean()
-        q_loss = sum(nn.functional.mse_loss(critic(x), y) for critic in critics) / 2
-        distance = ((1.5 * mean(s) - a) ** 2).sum(1)
-        if not deterministic:
-            distance = -torch.distributions.Normal(1.5 * mean(s), log_std.exp()).log_prob(a).sum(1)
-        actor_loss = ((2.0 * advantage.detach()[:, 0]).exp().clamp(max=100) * distance).mean()
-        for optimizer, loss in zip(optimizers, (v_loss, q_loss, actor_loss)):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-        for p, t in zip(critics.parameters(), targets.parameters()):
-            t.data.copy_(0.01 * p.data + 0.99 * t.data)
-        expected = torch.stack([q_loss, v_loss, actor_loss])
-        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
-    assert isinstance(mean[-1], nn.Tanh) == deterministic
+        return agent.update(batch)
+
+    assert_same_losses(update, plain_iql(agent), 100)
 
 
 def test_weight_std_and_action_are_bounded():
     """An advantage's weight by 100, a standard deviation by e^2, a mean action by max_action."""
-    agent = IQL(3, 2, 1.5, filled(beta=1e3, updates=1))
+    agent = IQL(3, 2, 1.5, filled(synther_iql, beta=1e3, updates=1))
     nn.init.constant_(agent.value.biases[-1], -10)  # every advantage is large
     nn.init.constant_(agent.actor.log_std, 50)
     nn.init.constant_(agent.actor.net[-1].bias, 100)
@@ -70,27 +36,6 @@ def test_weight_std_and_action_are_bounded():
     expected = -100 * policy.log_prob(torch.zeros(2)).sum()
     torch.testing.assert_close(agent.update(torch.zeros(64, 10))[2], expected)
     assert (agent.actor.act(torch.zeros(64, 3)) == 1.5).all()
-
-
-@pytest.mark.parametrize(
-    "names, row",  # tau, expectile, beta, deterministic, normalize_reward
-    [
-        (
-            "walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-random-v2",
-            (0.005, 0.7, 3, False, False),
-        ),
-        ("hopper-medium-v2 hopper-medium-replay-v2 hopper-mixed-v2", (0.001, 0.7, 3, True, True)),
-        ("hopper-medium-expert-v2", (0.005, 0.5, 6, False, False)),
-        ("maze2d-umaze-v1 maze2d-large-v1", (0.005, 0.7, 3, False, False)),
-    ],
-)
-def test_hyperparameters_are_the_papers(names, row):
-    for name in names.split():
-        args = filled(env=name)
-        assert (args.tau, args.expectile, args.beta) == row[:3]
-        assert (args.deterministic, args.normalize_reward) == row[3:]
-        assert args.updates == 1_000_000
-        assert args.eval_episodes == (100 if name.startswith("maze2d") else 10)
 
 
 @pytest.mark.parametrize("env, scale", [("Hopper-v4", 1000 / 6), ("maze2d-umaze-v1", 1)])

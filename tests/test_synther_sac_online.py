@@ -1,6 +1,5 @@
 """Tests of synther_sac_online.py: agent, environments, replay buffer, whole and stopped runs."""
 
-import copy
 import json
 import math
 import re
@@ -15,7 +14,8 @@ import pytest
 import torch
 from dm_control import suite
 from dm_control.rl import control
-from helpers import assert_refused, assert_same_state, command, plain, read_metrics
+from helpers import assert_same_state, command, read_metrics, watch
+from plain_agents import plain_sac
 
 import edm
 import synther_sac_online as online
@@ -76,17 +76,6 @@ def checkpoint(folder):
     return edm.load_torch(folder / "checkpoint.pt")
 
 
-def watch(monkeypatch, owner, name, see):
-    """From now on, see(...) is called before owner.name(...)."""
-    original = getattr(owner, name)
-
-    def watched(*args, **options):
-        see(*args, **options)
-        return original(*args, **options)
-
-    monkeypatch.setattr(owner, name, watched)
-
-
 # --- Arguments, environments, agent ---
 
 PAPER = dict(batch_size=256, hidden_dim=256, hidden_layers=2, learning_rate=3e-4, discount=0.99)
@@ -107,8 +96,7 @@ MODEL |= dict(diffusion_batch_size=256, num_samples=1_000_000, retrain_every=10_
     ],
 )
 def test_defaults_are_the_papers(env, algo, expected):
-    args = Args(env=env, algo=algo)
-    online.fill_args(args)
+    args = helpers.filled(online, env=env, algo=algo)
     assert {name: getattr(args, name) for name in PAPER | expected} == PAPER | expected
 
 
@@ -174,59 +162,14 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("num_q, utd, entropy", [(2, 1, None), (2, 4, -1.0), (5, 4, None)])
 def test_sac_equals_a_plain_implementation(float64, num_q, utd, entropy):
-    """100 updates in the order of REDQ's code. All losses are the same only if all parameters are."""
     torch.manual_seed(0)
-    agent = make_agent(num_q=num_q, target_entropy=entropy)
-    actor = copy.deepcopy(agent.actor)
-    critic = plain(agent.critic)
-    target = plain(agent.critic)
-    alpha = 0.2
-    log_alpha = torch.zeros(1, requires_grad=True)
-    params = [*actor.parameters(), log_alpha]
-    actor_optimizer = torch.optim.Adam(params, 1e-3)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
-    target_entropy = -2 if entropy is None else entropy
+    agent = make_agent(num_q=num_q, utd=utd, target_entropy=entropy)
+    assert agent.target_entropy == (-2 if entropy is None else entropy)
 
-    def q(net, s, a):
-        return torch.cat([member(torch.cat([s, a], 1)) for member in net], 1)
+    def update(i, batch):
+        return agent.update(batch, with_actor=i % utd == utd - 1)
 
-    def act(s):
-        h = actor.net(s)
-        normal = torch.distributions.Normal(actor.mean(h), actor.log_std(h).clamp(-20, 2).exp())
-        raw = normal.mean + normal.stddev * torch.randn_like(normal.mean)
-        density = normal.log_prob(raw) - (1 - raw.tanh() ** 2 + 1e-6).log()
-        return raw.tanh(), density.sum(1, keepdim=True)
-
-    for i in range(100):
-        batch = torch.randn(32, 10)
-        batch[:, -1] = (batch[:, -1] > 0.8).double()
-        s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
-        with_actor = i % utd == utd - 1
-        torch.manual_seed(i)
-        losses = agent.update(batch, with_actor)
-
-        torch.manual_seed(i)
-        with torch.no_grad():
-            a_next, log_prob_next = act(s_next)
-            chosen = torch.rand(num_q).argsort(descending=True)[:2]
-            q_next = q(target, s_next, a_next)[:, chosen].min(1, keepdim=True).values
-            y = r + 0.99 * (1 - d) * (q_next - alpha * log_prob_next)
-        critic_loss = ((q(critic, s, a) - y) ** 2).mean(0).sum()
-        critic_optimizer.zero_grad()
-        critic_loss.backward()
-        actor_loss = torch.zeros(())
-        if with_actor:
-            pi, log_prob = act(s)
-            actor_loss = (alpha * log_prob - q(critic, s, pi).mean(1, keepdim=True)).mean()
-            alpha_loss = -(log_alpha * (log_prob.detach() + target_entropy)).mean()
-            actor_optimizer.zero_grad()
-            (actor_loss + alpha_loss).backward(inputs=params)
-            actor_optimizer.step()
-            alpha = log_alpha.exp().item()
-        critic_optimizer.step()
-        for p, t in zip(critic.parameters(), target.parameters()):
-            t.data += 0.005 * (p.data - t.data)
-        assert losses.tolist() == pytest.approx([critic_loss.item(), actor_loss.item()], 1e-9, 1e-9)
+    helpers.assert_same_losses(update, plain_sac(agent), 100, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -418,21 +361,6 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
 # --- Runs that were stopped ---
 
 
-def stopped_run(monkeypatch, out_dir, owner, name, count, **options):
-    """The folder of a run that ends at the call number `count` of owner.name."""
-    calls = []
-
-    def stop(*_, **__):
-        calls.append(0)
-        if len(calls) == count:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, owner, name, stop)
-        run(out_dir, **options)
-    return next(out_dir.glob("*__*"))
-
-
 # Episodes begin in one place and end at each checkpoint. So a new episode changes nothing.
 EXACT = dict(env="Loop-v0", seed=1, learning_starts=30, eval_every=40, warm_start=True)
 
@@ -449,26 +377,18 @@ def whole(tmp_path_factory):
     + [(online, "evaluate", 4), (online, "Figure", 1)],
 )
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, whole, owner, name, count):
-    folder = stopped_run(monkeypatch, tmp_path, owner, name, count, **EXACT)
+    stop = (owner, name, count)
+    folder = helpers.stopped_run(monkeypatch, online, tmp_path, *stop, **TINY | EXACT)
     if name == "plot_marginals":
         assert checkpoint(folder)["model_step"] == 60  # the results are kept before they are shown
     command(monkeypatch, online, resume=folder)
-    states = []
-    for own in (folder, whole):
-        state = checkpoint(own) | dict(model=edm.load_edm(own / "diffusion.pt").state_dict())
-        state["log"] = [item for item in read_metrics(own).items() if "perf/" not in item[0][1]]
-        del state["seconds"], state["log_size"]
-        states.append(state)
-    assert_same_state(*states)
-    for file in ("synthetic.npz", "final_returns.npz"):
-        with np.load(folder / file) as a, np.load(whole / file) as b:
-            np.testing.assert_equal(dict(a), dict(b))
+    assert_same_state(helpers.outcome(folder), helpers.outcome(whole))
 
 
 def test_resume_begins_a_new_episode(tmp_path, monkeypatch):
     """The ended run can still be saved, but not over a file that exists."""
-    options = dict(env="Pendulum-v1", algo="sac", eval_episodes=0, eval_every=40)
-    folder = stopped_run(monkeypatch, tmp_path, SAC, "update", 150, **options)
+    options = TINY | dict(env="Pendulum-v1", algo="sac", eval_episodes=0, eval_every=40)
+    folder = helpers.stopped_run(monkeypatch, online, tmp_path, SAC, "update", 150, **options)
     path = tmp_path / "late.h5"
     command(monkeypatch, online, resume=folder)
     command(monkeypatch, online, resume=folder, save_dataset=path)
@@ -480,6 +400,21 @@ def test_resume_begins_a_new_episode(tmp_path, monkeypatch):
     path.write_text("mine")
     command(monkeypatch, online, resume=folder, save_dataset=path)
     assert path.read_text() == "mine"
+
+
+STOPS = [(edm.EDM, "loss", 45, dict(step=125)), (SAC, "update", 32, dict(step=82))]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_signalled_run_goes_on(tmp_path, monkeypatch, stop):
+    """A new episode begins, and in the first case the diffusion model begins anew."""
+    options = TINY | dict(env="Pendulum-v1", total_steps=250, retrain_every=125, eval_every=100)
+    options |= dict(utd=1, diffusion_steps=300)
+    folder = helpers.stopped_run(monkeypatch, online, tmp_path, *stop, **options)
+    command(monkeypatch, online, resume=folder)
+    saved = checkpoint(folder)
+    assert saved["step"] == len(saved["replay"]) == 250 and len(saved["evaluations"]) == 4
+    assert 2 <= edm.episode_starts(saved["replay"], 3).sum() <= 3  # one is the time limit's
 
 
 SPACES = "not flat Box spaces with float actions in a range"
@@ -513,4 +448,4 @@ def test_bad_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys, words):
     (tmp_path / "run/checkpoint.pt").write_bytes(b"PK damaged")
     (tmp_path / "old.hdf5").write_text("old")
     options = {name.replace("-", "_"): x for name, x in re.findall(r"--(\S+) (\S+)", words)}
-    assert_refused(monkeypatch, capsys, tmp_path, online, BAD_COMMANDS[words], **options)
+    helpers.assert_refused(monkeypatch, capsys, tmp_path, online, BAD_COMMANDS[words], **options)

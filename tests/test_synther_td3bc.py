@@ -1,6 +1,5 @@
 """Tests of synther_td3bc.py: agent, scores, evaluation. test_siblings.py has what scripts share."""
 
-import copy
 import math
 import types
 
@@ -8,9 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
-from helpers import plain
+from helpers import assert_same_losses, random_rows
+from plain_agents import plain_td3bc
 
 import edm
 import synther_sac_online
@@ -18,47 +17,19 @@ import synther_td3bc
 from synther_td3bc import TD3BC, Args, augment_batch, evaluate, make_env, normalized_score
 
 
-def random_rows(n):
-    """Rows [s, a, r, s', d] with 3 and 2 dimensions of s and a."""
-    return torch.cat([torch.randn(n, 9), 1.0 * (torch.rand(n, 1) > 0.8)], dim=1)
-
-
 @pytest.mark.parametrize("hidden_layers", [2, 3])
 def test_td3bc_equals_a_plain_implementation(float64, hidden_layers):
-    """100 updates. That every loss is the same shows that all parameters are."""
     torch.manual_seed(0)
     sizes = dict(hidden_dim=16, hidden_layers=hidden_layers)
     agent = TD3BC(3, 2, 1.5, Args(learning_rate=1e-3, tau=0.02, device="cpu", **sizes))
-    actor = copy.deepcopy(agent.actor.net)
-    critics = plain(agent.critic)
-    actor_target, targets = copy.deepcopy((actor, critics))
-    optimizers = {net: torch.optim.Adam(net.parameters(), 1e-3) for net in (actor, critics)}
 
-    def step(net, expected, loss):
-        optimizers[net].zero_grad()
-        expected.backward()
-        optimizers[net].step()
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
-
-    for i in range(100):
-        batch = random_rows(32)
-        torch.manual_seed(i)
-        critic_loss = agent.update_critic(batch)
-        actor_loss = agent.update_actor(batch) if i % 2 else None
-        torch.manual_seed(i)
-        s, a, r, s_next, d = batch.split([3, 2, 1, 3, 1], 1)
-        noise = (0.2 * torch.randn_like(a) * 1.5).clamp(-0.5 * 1.5, 0.5 * 1.5)
-        x_next = torch.cat([s_next, (1.5 * actor_target(s_next) + noise).clamp(-1.5, 1.5)], 1)
-        y = (r + 0.99 * (1 - d) * torch.min(targets[0](x_next), targets[1](x_next))).detach()
-        x = torch.cat([s, a], 1)
-        step(critics, F.mse_loss(critics[0](x), y) + F.mse_loss(critics[1](x), y), critic_loss)
+    def update(i, batch):
+        losses = [agent.update_critic(batch)]
         if i % 2:
-            pi = 1.5 * actor(s)
-            q = critics[0](torch.cat([s, pi], 1))
-            step(actor, F.mse_loss(pi, a) - 2.5 / q.abs().mean().detach() * q.mean(), actor_loss)
-            for net, target in ((actor, actor_target), (critics, targets)):
-                for p, t in zip(net.parameters(), target.parameters()):
-                    t.data.copy_(0.02 * p.data + 0.98 * t.data)
+            losses.append(agent.update_actor(batch))
+        return torch.stack(losses)
+
+    assert_same_losses(update, plain_td3bc(agent), 100)
 
 
 def test_network_sizes_and_initial_range():
@@ -79,9 +50,9 @@ def test_actor_follows_every_third_critic_update_on_its_batch():
     def record(name):
         return lambda batch: calls.append((name, batch.clone())) or torch.ones(())
 
-    agent = types.SimpleNamespace(
-        obs_dim=3, update_critic=record("critic"), update_actor=record("actor")
-    )
+    agent = types.SimpleNamespace(obs_dim=3)
+    agent.update_critic = record("critic")
+    agent.update_actor = record("actor")
     args = Args(policy_freq=3, augment="dynamics", device="cpu")
     loss_sums = torch.zeros(2)
     update = synther_td3bc.make_update(args, agent, random_rows(1_000), loss_sums)
@@ -179,18 +150,14 @@ def test_share_of_successes(key, share):
     assert evaluate(lambda s: s, envs, seed=3)[1] == share
 
 
-def test_failure_of_an_environment_is_said_to_be_its():
+def test_evaluate_says_what_failed():
     fails_in_reset = types.SimpleNamespace(reset=lambda seed: {}[seed])
     for env in (Countdown(info=lambda left: {}[left]), Countdown(scale=None), fails_in_reset):
         with pytest.raises(edm.RunError, match="^the environment failed: .*Error"):
             evaluate(lambda s: s, [env], seed=3)
-
-
-def test_evaluate_says_whose_number_is_not_finite():
-    with pytest.raises(edm.RunError, match="observation became NaN"):
-        evaluate(lambda observations: observations[:, 1:], [Countdown(scale=math.nan)], seed=3)
-    with pytest.raises(edm.RunError, match="the agent's action became NaN"):
-        evaluate(lambda observations: observations[:, 1:] * math.nan, [Countdown()], seed=3)
+    for x, scale, what in ((1, math.nan, "observation"), (math.nan, 1, "the agent's action")):
+        with pytest.raises(edm.RunError, match=f"{what} became NaN"):
+            evaluate(lambda s, x=x: s[:, 1:] * x, [Countdown(scale)], seed=3)
 
 
 def test_make_env_refuses_actions(monkeypatch):

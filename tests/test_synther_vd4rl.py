@@ -1,6 +1,5 @@
 """Tests of synther_vd4rl.py: dataset, images, agent, latents, whole runs, stopped runs."""
 
-import copy
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import vd4rl_data
+from plain_agents import plain_drqbc
 
 import edm
 import synther_vd4rl
@@ -24,38 +24,10 @@ from synther_vd4rl import Args, DrQBC, extract_latents, find_files, random_shift
 # --- Dataset ---
 
 
-def make_files(folder, lengths, level="expert", per_file=1):
-    """Episodes of noise in V-D4RL's layout. All numbers differ. Returns the arrays of all files."""
-    rng = np.random.default_rng(0)
-    n = sum(lengths)
-    ends = np.cumsum(lengths)
-    data = {
-        "observation": rng.integers(0, 256, (n, 3, 84, 84), dtype=np.uint8),
-        "action": rng.uniform(-1, 1, (n, 6)).astype(np.float32),
-        "reward": rng.standard_normal(n).astype(np.float32),
-        "discount": rng.uniform(0.5, 1, n).astype(np.float32),
-        "step_type": np.ones(n, np.int64),
-    }
-    data["step_type"][ends - lengths] = 0
-    data["step_type"][ends - 1] = 2
-    for key in ("action", "reward", "discount"):
-        data[key][ends - lengths] = math.nan  # these are never read
-    folder = Path(folder) / "main/walker_walk" / level / "84px"
-    folder.mkdir(parents=True)
-    (folder / "._0.hdf5").touch()  # nor is this, which some systems make
-    bounds = [0, *ends[per_file - 1 : -1 : per_file], n]
-    for i, (first, end) in enumerate(zip(bounds, bounds[1:])):
-        with h5py.File(folder / f"part_{i:02}.hdf5", "w") as f:
-            f.update({key: x[first:end] for key, x in data.items()})
-    return data
-
-
 def filled(folder="", **options):
     """Arguments as main fills them, but of small heads."""
-    small = dict(dataset_path=str(folder), device="cpu", hidden_dim=16, learning_rate=1e-3)
-    args = Args(**small | options)
-    synther_vd4rl.fill_args(args)
-    return args
+    small = dict(dataset_path=str(folder), hidden_dim=16, learning_rate=1e-3)
+    return helpers.filled(synther_vd4rl, **small | options)
 
 
 def load(args):
@@ -66,7 +38,7 @@ def load(args):
 @pytest.mark.parametrize("per_file", [1, 3])
 def test_transitions_are_all_windows_within_episodes(tmp_path, nstep, per_file):
     lengths = np.array([6, 2, 9])
-    raw = make_files(tmp_path, lengths, per_file=per_file)
+    raw = helpers.make_files(tmp_path, lengths, per_file=per_file)
     data = load(filled(tmp_path, nstep=nstep))
     assert torch.equal(data["frames"], torch.from_numpy(raw["observation"]))
     images = stacked(data["frames"], data["row"] - 1, data["start"])
@@ -92,7 +64,7 @@ def test_transitions_are_all_windows_within_episodes(tmp_path, nstep, per_file):
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path, name):
     """Also where they begin within an episode. Without one of them, a sentence says where it was."""
     lengths = np.array([5] * 9 + [7 if name == "{}" else 5])
-    raw = make_files(tmp_path, lengths, per_file=10)
+    raw = helpers.make_files(tmp_path, lengths, per_file=10)
     args = filled(tmp_path)
     (whole,) = find_files(args)
     whole.unlink()
@@ -128,7 +100,7 @@ BAD_FILES = {  # an array, and what is in its place
 
 @pytest.mark.parametrize("message", BAD_FILES)
 def test_bad_file_ends_in_one_sentence(tmp_path, message):
-    make_files(tmp_path, np.array([5, 5]))
+    helpers.make_files(tmp_path, np.array([5, 5]))
     path = tmp_path / "main/walker_walk/expert/84px/part_00.hdf5"
     key, value = BAD_FILES[message]
     with h5py.File(path, "a") as f:
@@ -211,55 +183,6 @@ def test_network_sizes_and_initial_weights():
         torch.testing.assert_close(weight @ weight.T, torch.eye(1024), atol=1e-4, rtol=0)
 
 
-class PlainAgent:
-    """DrQ+BC and BC as V-D4RL writes them, with the weights of a DrQBC."""
-
-    def __init__(self, agent):
-        self.has_critic = agent.args.algo == "drqbc"
-        nets = copy.deepcopy([agent.encoder, agent.actor_trunk, agent.critic_trunk, agent.policy])
-        self.encoder, self.actor_trunk, self.critic_trunk, self.policy = nets
-        self.critics = helpers.plain(agent.critic)
-        self.trunk_target, self.targets = copy.deepcopy([self.critic_trunk, self.critics])
-        actor = nn.ModuleList([self.actor_trunk, self.policy])
-        critic = nn.ModuleList([self.critic_trunk, self.critics])
-        (critic if self.has_critic else actor).append(self.encoder)
-        self.actor_optimizer = torch.optim.Adam(actor.parameters(), 1e-3)
-        self.critic_optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
-
-    def sample(self, h, noise):
-        mean = self.policy(self.actor_trunk(h))
-        raw = mean + torch.clamp(noise * torch.randn_like(mean), -0.3, 0.3)
-        return raw - raw.detach() + torch.clamp(raw.detach(), -1 + 1e-6, 1 - 1e-6)
-
-    def update(self, x, a, r, discount, next_x, noise):
-        h = self.encoder(x)
-        critic_loss = torch.zeros(())
-        if self.has_critic:
-            next_h = self.encoder(next_x).detach()
-            features = torch.cat([self.trunk_target(next_h), self.sample(next_h, noise)], 1)
-            next_q = torch.min(self.targets[0](features), self.targets[1](features))
-            y = (r[:, None] + discount[:, None] * next_q).detach()
-            features = torch.cat([self.critic_trunk(h), a], 1)
-            critic_loss = sum(F.mse_loss(critic(features), y) for critic in self.critics)
-            self.critic_optimizer.zero_grad()
-            critic_loss.backward()
-            self.critic_optimizer.step()
-            h = h.detach()
-        pi = self.sample(h, noise)
-        actor_loss = F.mse_loss(pi, a)
-        if self.has_critic:
-            features = torch.cat([self.critic_trunk(h), pi], 1)
-            q = torch.min(self.critics[0](features), self.critics[1](features))
-            actor_loss = actor_loss - 2.5 / q.abs().mean().detach() * q.mean()
-        self.actor_optimizer.zero_grad()
-        actor_loss.backward()
-        self.actor_optimizer.step()
-        for net, target in ((self.critics, self.targets), (self.critic_trunk, self.trunk_target)):
-            for p, t in zip(net.parameters(), target.parameters()):
-                t.data.copy_(0.01 * p.data + 0.99 * t.data)
-        return torch.stack([critic_loss, actor_loss]).detach()
-
-
 STAGES = [("drqbc", "stage1", "both"), ("drqbc", "stage2", "both"), ("drqbc", "stage2", "critic")]
 STAGES += [("bc", "stage1", "both"), ("bc", "stage2", "both")]
 
@@ -270,7 +193,7 @@ def test_updates_equal_a_plain_implementation(float64, algo, stage, latent):
     both that feeds both heads."""
     torch.manual_seed(0)
     agent = DrQBC(6, filled(algo=algo, latent=latent), stage)
-    reference = PlainAgent(agent)
+    update = plain_drqbc(agent)
     x, next_x = torch.randint(0, 256, (2, 8, 9, 84, 84), dtype=torch.uint8)
     if stage == "stage2":
         x, next_x = torch.rand(2, 8, agent.latent_dim) * 2 - 1
@@ -280,9 +203,9 @@ def test_updates_equal_a_plain_implementation(float64, algo, stage, latent):
     for i in range(3):
         noise = torch.tensor(1.0 - 0.4 * i)
         torch.manual_seed(i)
-        losses = agent.update(*batch, noise)
+        losses = agent.update(*batch, noise).tolist()
         torch.manual_seed(i)
-        torch.testing.assert_close(losses, reference.update(*batch, noise), rtol=1e-6, atol=1e-9)
+        assert losses == pytest.approx(update(i, *batch, noise), rel=1e-6, abs=1e-9)
 
 
 BOTH = ["actor_trunk", "critic_trunk"]
@@ -293,7 +216,7 @@ CASES = [("drqbc", "both", BOTH), ("drqbc", "actor", BOTH[:1]), ("drqbc", "criti
 @pytest.mark.parametrize("algo, latent, trunks", [*CASES, ("bc", "both", BOTH[:1])])
 def test_order_of_a_latent_row(tmp_path, monkeypatch, algo, latent, trunks, nstep):
     """[pi(h), Q(h), a, r, pi(h'), Q(h')] of shifted images (Appendix F), h' nstep after h."""
-    make_files(tmp_path, np.array([7, 6]))
+    helpers.make_files(tmp_path, np.array([7, 6]))
     args = filled(tmp_path, algo=algo, latent=latent, nstep=nstep)
     data = load(args)
     agent = DrQBC(6, args, "stage1")
@@ -346,8 +269,8 @@ def no_rendering():
 def vd4rl(tmp_path_factory):
     """A folder with datasets of three and of two short episodes."""
     folder = tmp_path_factory.mktemp("vd4rl")
-    make_files(folder, np.array([8, 8, 8]))
-    make_files(folder, np.array([8, 8]), level="random")
+    helpers.make_files(folder, np.array([8, 8, 8]))
+    helpers.make_files(folder, np.array([8, 8]), level="random")
     return str(folder)
 
 
@@ -431,13 +354,11 @@ def test_dropout_is_off_in_latents_and_evaluations(first_run):
 def test_heads_learn_from_latents(first_run, tmp_path, vd4rl, monkeypatch, data):
     """Real or generated ones. --agent-path leaves stage 1 out, and gives the same heads."""
     seen = []
-    update = DrQBC.update
 
-    def seeing(self, *batch):
+    def see(agent, *batch):
         seen.append((*batch[:-1], batch[-1].item()))
-        return update(self, *batch)
 
-    monkeypatch.setattr(DrQBC, "update", seeing)
+    helpers.watch(monkeypatch, DrQBC, "update", see)
     options = TINY | dict(dataset_path=vd4rl, data=data, agent_path=str(first_run))
     folder = helpers.run(synther_vd4rl, tmp_path, **options)
     assert (folder / "agent.pt").read_bytes() == (first_run / "agent.pt").read_bytes()
@@ -482,8 +403,7 @@ def test_made_dataset_can_be_loaded(tmp_path):
 
 
 def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
-    """Every moment at which a file is replaced, in all stages: a run that ended there goes on to
-    the same numbers. On other data it does not go on."""
+    """A run that ended when a file is replaced, or by a signal, goes on, but not on other data."""
     options = TINY | dict(eval_episodes=0, feature_dim=4, diffusion_steps=6, dataset_path=vd4rl)
     with monkeypatch.context() as patch:
         helpers.copy_before_writes(patch, tmp_path / "killed")
@@ -491,19 +411,13 @@ def test_killed_run_equals_uninterrupted(tmp_path, monkeypatch, capsys, vd4rl):
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(killed) > 10 and (killed[-1] / "synthetic.npz").exists()
     assert not (killed[1] / "agent.pt").exists()
-    for folder in killed[::2]:
+    resumed = killed[::2]
+    for call, stage, number in ((3, "stage1", 3), (4 + 3, "stage2", 3)):
+        stop = (DrQBC, "update", call, dict(stage=stage, update=number))
+        resumed += [helpers.stopped_run(monkeypatch, synther_vd4rl, tmp_path, *stop, **options)]
+    for folder in resumed:
         helpers.command(monkeypatch, synther_vd4rl, resume=folder)
-        assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-        for name in ("checkpoint.pt", "agent.pt", "latents.pt", "diffusion.pt"):
-            states = [edm.load_torch(f / name) for f in (folder, whole)]
-            if name == "checkpoint.pt":
-                for state in states:
-                    del state["seconds"], state["log_size"]
-            helpers.assert_same_state(*states, f"{folder.name}/{name}")
-        logs = []
-        for f in (folder, whole):  # in the same order
-            logs.append([x for x in helpers.read_metrics(f).items() if "perf/" not in x[0][1]])
-        np.testing.assert_equal(*logs)
+        helpers.assert_same_state(helpers.outcome(folder), helpers.outcome(whole), folder.name)
     settings = json.loads((killed[1] / "args.json").read_text()) | dict(env="walker-walk-random")
     (killed[1] / "args.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):

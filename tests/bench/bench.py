@@ -14,10 +14,8 @@ the ratios within a turn.
 """
 
 import argparse
-import copy
 import ctypes
 import importlib
-import math
 import re
 import resource
 import statistics
@@ -29,18 +27,19 @@ from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 PLAIN_PRECISION = torch.backends.mkldnn.matmul.fp32_precision  # PyTorch's own; edm may change it
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import edm  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import plain_agents
+from helpers import filled, make_files
+
+import edm
 
 OUR_PRECISION = torch.backends.mkldnn.matmul.fp32_precision
 edm.Bar.__init__ = partialmethod(tqdm.__init__, disable=True)  # no progress bars among the figures
@@ -48,8 +47,8 @@ OBS_DIM = 17  # Walker2d and HalfCheetah
 ACT_DIM = 6
 SIZES = [OBS_DIM, ACT_DIM, 1, OBS_DIM, 1]  # the columns of a row [s, a, r, s', d]
 DIM = sum(SIZES)
-PAIR = OBS_DIM + ACT_DIM
 BATCH = 256
+TURNS = 5
 
 
 def clock():
@@ -69,11 +68,11 @@ def seconds_per_call(function, count, precision=OUR_PRECISION):
     return seconds
 
 
-def take_turns(ours, limit, plain, count, repeats, units=(1, 1, 1)):
-    """Time three functions one after the other, `repeats` times after a first turn that does not
+def take_turns(ours, limit, plain, count, units=(1, 1, 1)):
+    """Time three functions one after the other, TURNS times after a first turn that does not
     count. Returns a list of (ours, limit, plain), seconds per unit. A call does so many units."""
     turns = []
-    for _ in range(repeats + 1):
+    for _ in range(TURNS + 1):
         times = [seconds_per_call(ours, count), seconds_per_call(limit, count)]
         times.append(seconds_per_call(plain, count, PLAIN_PRECISION))
         turns.append([seconds / number for seconds, number in zip(times, units)])
@@ -116,253 +115,10 @@ def with_limit(update, device):
 # --- Plain references -----------------------------------------------------------------------------
 
 
-def mlp(*sizes):
-    layers = []
-    for fan_in, fan_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def make_critics(num):
-    return nn.ModuleList([mlp(PAIR, 256, 256, 1) for _ in range(num)])
-
-
-def adam(*parts):
-    params = []
-    for part in parts:
-        params += part.parameters() if isinstance(part, nn.Module) else [part]
-    return torch.optim.Adam(params, lr=3e-4)
-
-
-def descend(loss, *optimizers):
-    """One step. The value of the loss goes to the log at every update, as in the public codes."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return loss.item()
-
-
-def follow(targets, networks, tau=0.005):
-    for slow, fast in zip(targets.parameters(), networks.parameters()):
-        slow.data.copy_(tau * fast.data + (1 - tau) * slow.data)
-
-
-def values(critics, s, a):
-    return [critic(torch.cat([s, a], 1)) for critic in critics]
-
-
 def draw(parts, size=BATCH):
     """A batch as CORL's buffer draws it: an array for each part of a row, indices from numpy."""
     index = np.random.randint(0, len(parts[0]), size=size)
     return [part[index] for part in parts]
-
-
-def cloning_loss(q, policy_a, a):
-    """TD3+BC's loss of the actor."""
-    return -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(policy_a, a)
-
-
-class PlainDenoiser(edm.Denoiser):
-    def forward(self, x, c_noise):
-        angle = 2 * math.pi * c_noise[:, None] * self.frequencies
-        features = torch.cat([c_noise[:, None], angle.sin(), angle.cos()], dim=-1)
-        h = self.hidden_in(self.row_in(x) + self.time_mlp(features))
-        for block in self.blocks:
-            h = h + block(F.relu(h))
-        return self.out(F.relu(h))
-
-
-class PlainEDM(edm.EDM):
-    """The diffusion model with one noise level per row throughout, in sampling too."""
-
-    def __init__(self):
-        super().__init__(DIM)
-        self.denoiser = PlainDenoiser(DIM)
-
-    def denoise(self, x, sigma):
-        return self(x, torch.full((len(x),), sigma, device=x.device))
-
-
-def plain_training(data, device):
-    """A step of training: rows come from the host, the loss goes to a log."""
-    model = PlainEDM().to(device)
-    average = copy.deepcopy(model).requires_grad_(False)
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100_000)
-
-    def step(i):
-        loss = model.loss(data[torch.randint(len(data), (BATCH,))].to(device))
-        loss.item()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if i % 10 == 0:
-            for slow, fast in zip(average.parameters(), model.parameters()):
-                slow.lerp_(fast.detach(), 0.005)
-        schedule.step()
-
-    return step
-
-
-def plain_td3bc(parts, device):
-    """An update: three networks with an optimiser each."""
-    actor = nn.Sequential(mlp(OBS_DIM, 256, 256, ACT_DIM), nn.Tanh()).to(device)
-    critics = make_critics(2).to(device)
-    actor_target, targets = copy.deepcopy([actor, critics])
-    actor_optimizer, *critic_optimizers = map(adam, (actor, *critics))
-
-    def update(i):
-        s, a, r, next_s, done = draw(parts)
-        with torch.no_grad():
-            noise = (torch.randn_like(a) * 0.2).clamp(-0.5, 0.5)
-            next_a = (actor_target(next_s) + noise).clamp(-1.0, 1.0)
-            y = r + (1 - done) * 0.99 * torch.min(*values(targets, next_s, next_a))
-        descend(sum(F.mse_loss(q, y) for q in values(critics, s, a)), *critic_optimizers)
-        if i % 2 == 1:
-            policy_a = actor(s)
-            (q,) = values(critics[:1], s, policy_a)
-            descend(cloning_loss(q, policy_a, a), actor_optimizer)
-            follow(targets, critics)
-            follow(actor_target, actor)
-
-    return update
-
-
-def plain_iql(parts, device):
-    """An update: four networks, three optimisers, a distribution object."""
-    value = mlp(OBS_DIM, 256, 256, 1).to(device)
-    mean = mlp(OBS_DIM, 256, 256, ACT_DIM).to(device)
-    log_std = nn.Parameter(torch.zeros(ACT_DIM, device=device))
-    critics = make_critics(2).to(device)
-    targets = copy.deepcopy(critics)
-    value_optimizer, critic_optimizer = map(adam, (value, critics))
-    actor_optimizer = adam(mean, log_std)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, 1_000_000)
-
-    def update(i):
-        s, a, r, next_s, done = draw(parts)
-        with torch.no_grad():
-            y = r + (1 - done) * 0.99 * value(next_s)
-            target_q = torch.min(*values(targets, s, a))
-        advantage = target_q - value(s)
-        weight = torch.abs(0.7 - (advantage < 0).float())
-        descend(torch.mean(weight * advantage**2), value_optimizer)
-        descend(sum(F.mse_loss(q, y) for q in values(critics, s, a)) / 2, critic_optimizer)
-        follow(targets, critics)
-        weight = torch.exp(3.0 * advantage.detach()).clamp(max=100.0).squeeze(-1)
-        scale = torch.diag(torch.exp(log_std.clamp(-5.0, 2.0)))
-        policy = torch.distributions.MultivariateNormal(mean(s), scale_tril=scale)
-        descend(torch.mean(weight * -policy.log_prob(a)), actor_optimizer)
-        schedule.step()
-
-    return update
-
-
-class PlainPolicy(nn.Module):
-    def __init__(self, *hidden):
-        super().__init__()
-        self.hidden = nn.Sequential(mlp(OBS_DIM, *hidden), nn.ReLU())
-        self.mean = nn.Linear(256, ACT_DIM)
-        self.log_std = nn.Linear(256, ACT_DIM)
-
-    def forward(self, s):
-        h = self.hidden(s)
-        std = torch.exp(torch.clamp(self.log_std(h), -20, 2))
-        normal = torch.distributions.Normal(self.mean(h), std)
-        raw = normal.rsample()
-        a = torch.tanh(raw)
-        log_density = normal.log_prob(raw) - torch.log(1 - a.pow(2) + 1e-6)
-        return a, log_density.sum(1, keepdim=True)
-
-
-class PlainEnsemble(nn.Module):
-    """Ten critics, as CORL's EDAC has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for i, o in ((PAIR, 256), (256, 256), (256, 256), (256, 1)):
-            self.weights.append(torch.randn(10, i, o) / math.sqrt(i))
-            self.biases.append(torch.zeros(10, 1, o))
-
-    def forward(self, s, a):
-        x = torch.cat([s, a], dim=-1)
-        if x.dim() == 2:
-            x = x.unsqueeze(0).repeat_interleave(10, dim=0)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = (torch.relu(x) if i else x) @ weight + bias
-        return x.squeeze(-1)
-
-
-def plain_edac(parts, device):
-    """An update: autograd of the gradients by the actions, a product for each pair of critics."""
-    actor = PlainPolicy(256, 256, 256).to(device)
-    critic = PlainEnsemble().to(device)
-    target = copy.deepcopy(critic)
-    log_alpha = torch.zeros(1, device=device, requires_grad=True)
-    actor_optimizer, critic_optimizer, alpha_optimizer = map(adam, (actor, critic, log_alpha))
-
-    def update(i):
-        s, a, r, next_s, done = draw(parts)
-        descend((-log_alpha * (actor(s)[1].detach() - ACT_DIM)).mean(), alpha_optimizer)
-        alpha = log_alpha.exp().detach()
-        policy_a, log_density = actor(s)
-        q = critic(s, policy_a).min(0).values.unsqueeze(-1)
-        descend((alpha * log_density - q).mean(), actor_optimizer)
-        with torch.no_grad():
-            next_a, next_log_density = actor(next_s)
-            next_q = target(next_s, next_a).min(0).values.unsqueeze(-1) - alpha * next_log_density
-            y = r + 0.99 * (1 - done) * next_q
-        critic_loss = ((critic(s, a) - y.view(1, -1)) ** 2).mean(dim=1).sum(dim=0)
-        many_s = s.unsqueeze(0).repeat_interleave(10, dim=0)
-        many_a = a.unsqueeze(0).repeat_interleave(10, dim=0).requires_grad_(True)
-        q_sum = critic(many_s, many_a).sum()
-        (e,) = torch.autograd.grad(q_sum, many_a, retain_graph=True, create_graph=True)
-        e = (e / (torch.norm(e, p=2, dim=2).unsqueeze(-1) + 1e-10)).transpose(0, 1)
-        products = torch.einsum("bik,bjk->bij", e, e)
-        others = 1 - torch.eye(10, device=device).unsqueeze(0).repeat(products.shape[0], 1, 1)
-        descend(critic_loss + (others * products).sum(dim=(1, 2)).mean() / 9, critic_optimizer)
-        follow(target, critic)
-
-    return update
-
-
-def plain_sac(buffers, num_q, utd, device):
-    """The updates of one environment step: a network and an optimiser per critic, and an equal part
-    of a batch from each buffer."""
-    policy = PlainPolicy(256, 256).to(device)
-    critics = make_critics(num_q).to(device)
-    targets = copy.deepcopy(critics)
-    log_alpha = torch.zeros(1, requires_grad=True, device=device)
-    policy_optimizer, alpha_optimizer, *critic_optimizers = map(adam, (policy, log_alpha, *critics))
-
-    def step(_):
-        alpha = log_alpha.exp().item()
-        for i in range(utd):
-            drawn = zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
-            s, a, r, next_s, done = [torch.Tensor(np.concatenate(x)).to(device) for x in drawn]
-            with torch.no_grad():
-                next_a, next_log_density = policy(next_s)
-                two = [targets[k] for k in np.random.choice(num_q, 2, replace=False)]
-                next_q = torch.cat(values(two, next_s, next_a), 1).min(dim=1, keepdim=True).values
-                y = r + 0.99 * (1 - done) * (next_q - alpha * next_log_density)
-            q = torch.cat(values(critics, s, a), 1)
-            descend(F.mse_loss(q, y.expand(-1, num_q)) * num_q, *critic_optimizers)
-            if i == utd - 1:
-                critics.requires_grad_(False)
-                policy_a, log_density = policy(s)
-                q = torch.cat(values(critics, s, policy_a), 1).mean(1, keepdim=True)
-                descend((alpha * log_density - q).mean(), policy_optimizer)
-                critics.requires_grad_(True)
-                descend(-(log_alpha * (log_density - ACT_DIM).detach()).mean(), alpha_optimizer)
-            follow(targets, critics)
-
-    return step
 
 
 def random_shift_by_sampling(images):
@@ -375,49 +131,13 @@ def random_shift_by_sampling(images):
     return F.grid_sample(images, base + shift, padding_mode="zeros", align_corners=False)
 
 
-def plain_drqbc(parts, device):
-    """An update: the batch is drawn as a data loader does, image by image from numpy."""
-    layers = [nn.Conv2d(9, 32, 3, stride=2), nn.ReLU()]
-    for _ in range(3):
-        layers += [nn.Conv2d(32, 32, 3), nn.ReLU()]
-    encoder = nn.Sequential(*layers, nn.Flatten()).to(device)
-    trunk = nn.Sequential(nn.Linear(39_200, 50), nn.LayerNorm(50), nn.Tanh()).to(device)
-    actor = nn.Sequential(trunk, mlp(50, 1024, 1024, ACT_DIM), nn.Tanh()).to(device)
-    critics = nn.ModuleList([mlp(50 + ACT_DIM, 1024, 1024, 1) for _ in range(2)])
-    critic = nn.ModuleList([copy.deepcopy(trunk), critics]).to(device)
-    target = copy.deepcopy(critic)
-    actor_optimizer, critic_optimizer, encoder_optimizer = map(adam, (actor, critic, encoder))
-
-    def draw_one():
-        frames, actions, rewards = parts
-        i = np.random.randint(3, len(rewards) - 3)
-        images = frames[i - 3 : i].reshape(9, 84, 84)
-        return images, actions[i], rewards[i], frames[i : i + 3].reshape(9, 84, 84)
-
-    def encode(images):
-        return encoder(random_shift_by_sampling(images.float()) / 255.0 - 0.5)
-
-    def sample(h):
-        mean = actor(h)
-        raw = mean + torch.clamp(torch.randn_like(mean) * 0.5, -0.3, 0.3)
-        return raw - raw.detach() + torch.clamp(raw, -1 + 1e-6, 1 - 1e-6).detach()
-
-    def update(i):
-        batch = [np.stack(x) for x in zip(*[draw_one() for _ in range(BATCH)])]
-        images, a, r, next_images = [torch.as_tensor(x, device=device) for x in batch]
-        h = encode(images)
-        with torch.no_grad():
-            next_h = encode(next_images)
-            y = r[:, None] + 0.97 * torch.min(*values(target[1], target[0](next_h), sample(next_h)))
-        losses = [F.mse_loss(q, y) for q in values(critic[1], critic[0](h), a)]
-        descend(sum(losses), encoder_optimizer, critic_optimizer)
-        h = h.detach()
-        policy_a = sample(h)
-        q = torch.min(*values(critic[1], critic[0](h), policy_a))
-        descend(cloning_loss(q, policy_a, a), actor_optimizer)
-        follow(target, critic, tau=0.01)
-
-    return update
+def draw_images(frames, actions, rewards):
+    """A batch as a data loader draws it, image by image from numpy."""
+    batch = []
+    for i in np.random.randint(3, len(rewards) - 3, size=BATCH):
+        images = [frames[k : k + 3].reshape(9, 84, 84) for k in (i - 3, i)]
+        batch.append((images[0], actions[i], rewards[i], np.float32(0.97), images[1]))
+    return [np.stack(x) for x in zip(*batch)]
 
 
 # --- Rows of the table, each with what `take_turns` returns ---------------------------------------
@@ -429,11 +149,11 @@ def random_rows(num_rows):
     return rows
 
 
-def training(part, device, count, repeats):
+def training(part, device, count):
     """A step of train_edm, which waits at its checkpoints while the others have their turn."""
     rows = torch.randn(50_000, DIM)
     model = edm.EDM(DIM).to(device)
-    plain = plain_training(rows, device)
+    step = plain_agents.plain_training(edm.EDM(DIM).to(device), rows, 3e-4, 100_000)
     multiply = multiplies_of(lambda: model.loss(rows[:BATCH].to(device)).backward(), device)
     turns = []
     last = clock()
@@ -442,10 +162,10 @@ def training(part, device, count, repeats):
         nonlocal last
         ours = (clock() - last) / count
         limit = seconds_per_call(lambda i: multiply(), count)
-        turns.append((ours, limit, seconds_per_call(plain, count, PLAIN_PRECISION)))
+        turns.append((ours, limit, seconds_per_call(step, count, PLAIN_PRECISION)))
         last = clock()
 
-    args = edm.DiffusionArgs(diffusion_steps=count * (repeats + 1), diffusion_recipe="paper")
+    args = edm.DiffusionArgs(diffusion_steps=count * (TURNS + 1), diffusion_recipe="paper")
     args.checkpoint_every = count
     run = SimpleNamespace(saved=dict(stage=""), log=lambda step, values: None, save=save)
     edm.train_edm(rows, args, device=device, run=run)
@@ -453,12 +173,11 @@ def training(part, device, count, repeats):
 
 
 @torch.no_grad()
-def sampling(part, device, count, repeats):
+def sampling(part, device, count):
     """A network call, per row: our sampler makes 32, the plain one three here."""
     num_rows = 100_000 if device == "cuda" else 2_000
     num_plain = 100_000 if device == "cuda" else 10_000
     model = edm.EDM(DIM).to(device).requires_grad_(False)
-    plain_model = PlainEDM().to(device)
     x = torch.randn(num_rows, DIM, device=device)
     plain_x = torch.randn(num_plain, DIM, device=device)
     sigmas = edm.karras_sigmas(3)
@@ -467,41 +186,46 @@ def sampling(part, device, count, repeats):
     def ours(i):
         edm.generate(model, num_rows)
 
+    def plain_denoise(x, sigma):  # one noise level for each row
+        levels = torch.full((len(x), 1), sigma, device=device)
+        return plain_agents.plain_denoised(model, x, levels)
+
     def plain(i):
-        edm.sample_dpmpp(plain_model.denoise, plain_x, sigmas).cpu()
+        edm.sample_dpmpp(plain_denoise, plain_x, sigmas).cpu()
 
     units = (32 * num_rows, num_rows, 3 * num_plain)
-    return take_turns(ours, lambda i: multiply(), plain, count, repeats, units)
+    return take_turns(ours, lambda i: multiply(), plain, count, units)
 
 
-def offline(part, device, count, repeats):
+def offline(part, device, count):
     """An update of TD3+BC, IQL or EDAC."""
     script = importlib.import_module(f"synther_{part}")
-    args = script.Args(env="walker2d-medium-v2", device=device)
-    script.fill_args(args)
+    args = filled(script, env="walker2d-medium-v2", device=device)
     rows = random_rows(100_000).to(device)
-    make_plain = {"td3bc": plain_td3bc, "iql": plain_iql, "edac": plain_edac}[part]
-    plain = make_plain([x.contiguous() for x in rows.split(SIZES, dim=1)], device)
+    parts = [x.contiguous() for x in rows.split(SIZES, dim=1)]
     agent = getattr(script, part.upper())(OBS_DIM, ACT_DIM, 1.0, args)
+    plain_update = getattr(plain_agents, f"plain_{part}")(agent)
     loss_sums = torch.zeros(len(agent.LOSSES), device=device)
     update = script.make_update(args, agent, rows, loss_sums)
-    return take_turns(*with_limit(update, device), plain, count, repeats)
+
+    def plain(i):
+        plain_update(i, *draw(parts))
+
+    return take_turns(*with_limit(update, device), plain, count)
 
 
-def online(part, device, count, repeats):
+def online(part, device, count):
     """A critic update of SAC (SynthER) or REDQ, at 20 per environment step."""
-    import synther_sac_online as script
-
-    args = script.Args(env="HalfCheetah-v4", algo=part, device=device)
-    script.fill_args(args)
+    script = importlib.import_module("synther_sac_online")
+    args = filled(script, env="HalfCheetah-v4", algo=part, device=device)
     rows = random_rows(20_000).to(device)
     replay = SimpleNamespace(rows=rows, step=len(rows), synthetic=rows[:0])
     buffers = [[x.numpy() for x in rows.cpu().split(SIZES, dim=1)]]
     if part == "synther":
         replay.synthetic = rows.repeat(10, 1)
         buffers.append([x.repeat(10, axis=0) for x in buffers[0]])
-    plain = plain_sac(buffers, args.num_q, args.utd, device)
     agent = script.SAC(OBS_DIM, ACT_DIM, args)
+    plain_update = plain_agents.plain_sac(agent)
     update = script.make_update(args, agent, replay, torch.zeros(2, device=device))
     critic_step = multiplies_of(lambda: agent.update(rows[:BATCH], with_actor=False), device)
     last_step = multiplies_of(lambda: agent.update(rows[:BATCH], with_actor=True), device)
@@ -511,23 +235,27 @@ def online(part, device, count, repeats):
             critic_step()
         last_step()
 
-    return take_turns(lambda i: update(), limit, plain, count, repeats, units=3 * (args.utd,))
+    def plain(_):
+        for i in range(args.utd):
+            drawn = zip(*[draw(parts, BATCH // len(buffers)) for parts in buffers])
+            batch = [torch.Tensor(np.concatenate(x)).to(device) for x in drawn]
+            plain_update(i, *batch)
+
+    return take_turns(lambda i: update(), limit, plain, count, units=3 * (args.utd,))
 
 
-def pixels(part, device, count, repeats):
+def pixels(part, device, count):
     """An update of DrQ+BC from images."""
-    import synther_vd4rl as script
-
-    args = script.Args(device=device)
-    script.fill_args(args)
+    script = importlib.import_module("synther_vd4rl")
+    args = filled(script, device=device)
     frames = torch.randint(0, 256, (4_004, 3, 84, 84), dtype=torch.uint8)
     data = dict(frames=frames, row=torch.arange(4_000), start=torch.zeros(4_000, dtype=torch.long))
     data |= dict(action=2 * torch.rand(4_000, ACT_DIM) - 1, reward=2 * torch.rand(4_000))
     data["discount"] = torch.full((4_000,), 0.97)
     parts = [data[key].numpy() for key in ("frames", "action", "reward")]
-    plain_update = plain_drqbc(parts, device)
     data = {key: x.to(device) for key, x in data.items()}
     agent = script.DrQBC(ACT_DIM, args, "stage1")
+    plain_update = plain_agents.plain_drqbc(agent)
     loss_sums = torch.zeros(2, device=device)
     update = script.make_update(args, agent, lambda: script.draw_images(args, data), loss_sums)
     update_once, limit = with_limit(update, device)
@@ -540,9 +268,12 @@ def pixels(part, device, count, repeats):
         if sys.platform == "linux":  # where glibc's own thresholds, which grow by themselves, end
             ctypes.CDLL(None).mallopt(-1, 2**26)
             ctypes.CDLL(None).mallopt(-3, 2**25)
-        plain_update(i)
+        batch = [torch.as_tensor(x, device=device) for x in draw_images(*parts)]
+        for k in (0, 4):  # the images before and after
+            batch[k] = random_shift_by_sampling(batch[k].float())
+        plain_update(i, *batch, 0.5)
 
-    return take_turns(ours, limit, plain, count, repeats)
+    return take_turns(ours, limit, plain, count)
 
 
 def peak_memory(label, script, folder, **options):
@@ -554,32 +285,21 @@ def peak_memory(label, script, folder, **options):
     command = [sys.executable, str(ROOT / script), *words]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    print(f"{label} GB): peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
+    print(f"{label}: peak memory {peak:.2f} GB, {time.perf_counter() - start:.0f} s")
 
 
-def memory_of_rows(num_rows, folder):
+def memory_of_rows(folder):
     """synther_td3bc.py on random data of Walker2d's size."""
     np.savez(f"{folder}/data.npz", **edm.unpack(random_rows(20_000), OBS_DIM))
-    options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", num_samples=num_rows)
-    label = f"{num_rows:,} rows ({num_rows * DIM * 4 / 1e9:.2f}"
-    peak_memory(label, "synther_td3bc.py", folder, **options, updates=20)
+    options = dict(env="Walker2d-v4", dataset_path=f"{folder}/data.npz", num_samples=5_000_000)
+    peak_memory("5M rows (0.84 GB)", "synther_td3bc.py", folder, **options, updates=20)
 
 
-def memory_of_images(num_images, folder):
+def memory_of_images(folder):
     """synther_vd4rl.py on random images, a few updates of the paper's batch size."""
-    files = Path(folder) / "main/walker_walk/expert/84px"
-    files.mkdir(parents=True)
-    columns = dict(reward=np.ones(501, np.float32), discount=np.ones(501, np.float32))
-    columns["step_type"] = np.array([0] + 499 * [1] + [2])
-    for i in range(math.ceil(num_images / 501)):
-        columns["observation"] = np.random.randint(0, 256, (501, 3, 84, 84), dtype=np.uint8)
-        columns["action"] = np.random.uniform(-1, 1, (501, ACT_DIM)).astype(np.float32)
-        with h5py.File(files / f"{i:05}.hdf5", "w") as f:
-            for key, x in columns.items():
-                f[key] = x
+    make_files(folder, np.full(200, 501))
     options = dict(dataset_path=folder, stage1_updates=20, stage2_updates=20, num_samples=100_000)
-    label = f"{num_images:,} images ({num_images * 3 * 84 * 84 / 1e9:.2f}"
-    peak_memory(label, "synther_vd4rl.py", folder, **options)
+    peak_memory("100,000 images (2.12 GB)", "synther_vd4rl.py", folder, **options)
 
 
 ROWS = (  # part of --only, name, unit, function, calls per turn on a CPU and on a GPU
@@ -606,24 +326,18 @@ def show(name, unit, turns):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--repeats", type=int, default=5, help="turns that count")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="shorter turns")
     add("--only", choices=[row[0] for row in ROWS], help="one part of the table")
-    number = dict(type=int, nargs="?", help="peak memory instead, with so many")
-    add("--memory", const=5_000_000, metavar="ROWS", **number)
-    add("--image-memory", const=100_000, metavar="IMAGES", **number)
+    add("--memory", action="store_true", help="peak memory instead, with 5M rows")
+    add("--image-memory", action="store_true", help="the same with 100,000 images")
     args = parser.parse_args()
     if args.memory or args.image_memory:
-        measure = memory_of_rows if args.memory else memory_of_images
         with tempfile.TemporaryDirectory() as folder:
-            return measure(args.memory or args.image_memory, folder)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+            return (memory_of_rows if args.memory else memory_of_images)(folder)
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    if device == "cpu" and Path("/proc/cpuinfo").exists():
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    if args.device == "cpu" and Path("/proc/cpuinfo").exists():
         name = re.findall("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[0]
     threads = f"{torch.get_num_threads()} threads"
     print(f"{name} | torch {torch.__version__} | {threads} | float32 matmul as {OUR_PRECISION}")
@@ -631,9 +345,9 @@ def main():
     print(f"{'':<36} {'unit':<10} {columns}")
     for part, name, unit, measure, cpu_calls, gpu_calls in ROWS:
         if args.only in (None, part):
-            calls = gpu_calls if device == "cuda" else cpu_calls
+            calls = gpu_calls if args.device == "cuda" else cpu_calls
             calls = max(calls // 4, 1) if args.quick else calls
-            turns = measure(part, device, calls, args.repeats)
+            turns = measure(part, args.device, calls)
             show(name, unit, turns)
             if part == "sampling":
                 turns = [(32 * ours, 32 * limit, 255 * plain) for ours, limit, plain in turns]

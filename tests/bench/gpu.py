@@ -51,23 +51,22 @@ def largest_difference(a, b):
     return ((a.cpu() - b.cpu()).abs().max() / b.cpu().abs().max()).item()
 
 
-def agent_difference(device, updates=200):
-    """Relative difference of actions after the same updates on device and CPU, without noise."""
-    agents = []
+def agent_difference(device):
+    """Relative difference of actions after 200 updates on device and CPU, without noise."""
+    rows = torch.randn(10_000, 42)
+    rows[:, -1] = rows[:, -1] > 2
+    actions = []
     for place in (device, "cpu"):
         torch.manual_seed(0)
         args = synther_td3bc.Args(policy_noise=0.0, device=place)
-        agents.append(synther_td3bc.TD3BC(17, 6, 1.0, args))
-    for i in range(updates):
-        batch = torch.randn(256, 42)
-        batch[:, -1] = batch[:, -1] > 2
-        for agent in agents:
-            agent.update_critic(batch.to(agent.args.device))
+        agent = synther_td3bc.TD3BC(17, 6, 1.0, args)
+        for i in range(200):
+            batch = rows[40 * i : 40 * i + 256].to(place)
+            agent.update_critic(batch)
             if i % 2:
-                agent.update_actor(batch.to(agent.args.device))
-    x = torch.randn(256, 17)
-    with torch.no_grad():
-        return largest_difference(*[agent.actor.act(x.to(agent.args.device)) for agent in agents])
+                agent.update_actor(batch)
+        actions.append(agent.actor.act(rows[:256, :17].to(place)).detach())
+    return largest_difference(*actions)
 
 
 def graph_difference(train):
@@ -90,7 +89,8 @@ def train_a_little(script, device):
     return {name: x for name, x in agent.items() if name.startswith("critic.")}
 
 
-def agreement(device):
+def agreement(args):
+    device = args.device
     torch.manual_seed(0)
     model = edm.EDM(42).requires_grad_(False)
     x = 80 * torch.randn(256, 42)
@@ -108,32 +108,40 @@ def agreement(device):
         print(f"graphs against eager steps, {script.__name__}: {difference:.1e}", flush=True)
 
 
+def bench(args):
+    command = [sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device]
+    subprocess.run(command + ["--quick"] * args.quick, check=True)
+
+
 def run(args, script, *options):
     """Run a script of the project and print its time."""
     start = time.time()
-    options = [*map(str, options), "--device", args.device, "--out-dir", args.out_dir]
+    options = [*options, "--device", args.device, "--out-dir", args.out_dir]
+    if args.quick:
+        options += "--diffusion-steps 200 --diffusion-width 64 --num-samples 20000".split()
     subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
     print(f"{script} {' '.join(options)}: {time.time() - start:.0f} s", flush=True)
 
 
-def experiment(args, small):
-    common = ["--env", "walker2d-medium-replay-v2", *small]
-    common += ["--updates", 500] if args.quick else []
+def experiment(args):
+    common = ["--env", "walker2d-medium-replay-v2"]
+    common += ["--updates", "500"] if args.quick else []
     common += ["--dataset-path", args.data] if args.data else []
-    for data in ("synther", "real"):
-        run(args, "synther_td3bc.py", *common, "--data", data)
+    run(args, "synther_td3bc.py", *common)
     found = Path(args.out_dir).glob("walker2d*__synther_td3bc__*/synthetic.npz")
-    samples = max(found, key=os.path.getmtime)
+    samples = str(max(found, key=os.path.getmtime))
     for script in ("synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--synthetic-path", samples)
+    for script in ("synther_td3bc.py", "synther_iql.py", "synther_edac.py"):
         run(args, script, *common, "--data", "real")
 
 
-def online(args, small):
+def online(args):
+    common = ["--env", "HalfCheetah-v4"]
     if args.quick:
-        small = [*small, "--total-steps", 700, "--learning-starts", 500, "--retrain-every", 600]
+        common += "--total-steps 700 --learning-starts 500 --retrain-every 600".split()
     for algo in ("synther", "redq", "sac"):
-        run(args, "synther_sac_online.py", "--env", "HalfCheetah-v4", "--algo", algo, *small)
+        run(args, "synther_sac_online.py", *common, "--algo", algo)
 
 
 def recipes(args):
@@ -166,19 +174,12 @@ def recipes(args):
 
 
 def main(args):
-    small = ["--diffusion-steps", 200, "--diffusion-width", 64, "--num-samples", 20_000]
-    small = small if args.quick else []
-    if args.only in (None, "agreement"):
-        agreement(args.device)
-    if args.only in (None, "bench"):
-        command = [sys.executable, str(ROOT / "tests/bench/bench.py"), "--device", args.device]
-        subprocess.run(command + ["--quick"] * args.quick, check=True)
-    if args.only in (None, "experiment"):
-        experiment(args, small)
-    if args.only in (None, "online"):
-        online(args, small)
-    if args.data and args.only in (None, "recipes"):
-        recipes(args)
+    parts = dict(agreement=agreement, bench=bench, experiment=experiment, online=online)
+    if args.data:
+        parts["recipes"] = recipes
+    for name, part in parts.items():
+        if args.only in (None, name):
+            part(args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """How true generated transitions are: each is replayed in the simulator from its own (s, a). Used
 by other studies."""
 
-import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
 import numpy as np
+import runs  # noqa: F401, so that edm is found
 
-sys.path.append(str(Path(__file__).parents[2]))
 import edm
 
 # An observation is qpos without the x position, then qvel, in Walker2d and Hopper clipped at 10.

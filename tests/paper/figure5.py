@@ -31,12 +31,11 @@ class Args:
 
 
 def augmented(rows, kind, obs_dim):
-    """Rows with explicit augmentation, on the scale of states that are normalised as the
-    agent's."""
+    """Rows with explicit augmentation, on the scale of normalised states, as the agent's."""
     rows = rows.clone()
     s, _, _, next_s, _ = edm.split(rows, obs_dim)
-    mean = s.mean(0)
-    std = s.std(0) + 1e-3
+    std, mean = torch.std_mean(s, dim=0)
+    std += 1e-3
     for states in (s, next_s):
         states.sub_(mean).div_(std)
     synther_td3bc.augment_batch(rows, kind, obs_dim)

@@ -72,8 +72,7 @@ class Args:
 
 
 def train(rows, name, steps, seed=0, **options):
-    """A diffusion model of the variation `name`, on rows [N, dim] whose last column is
-    terminals."""
+    """A model of the variation `name`, on rows [N, dim] whose last column is terminals."""
     args = edm.DiffusionArgs(diffusion_steps=steps, diffusion_recipe=name, diffusion_seed=seed)
     args.checkpoint_every = 100
     make = MODELS.get(name, edm.EDM)

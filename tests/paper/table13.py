@@ -66,9 +66,8 @@ def show(path):
             raise edm.RunError(f"no run with {latent} {data} is recorded in {path}")
         panels[data][latent] = [values["score"] for values in found]
         quality[latent] = found[0].get("c2st")
-    runs.print_row(
-        "latents of", "heads on real latents", "on generated ones", "AUC of these", head=True
-    )
+    columns = ("heads on real latents", "on generated ones", "AUC of these")
+    runs.print_row("latents of", *columns, head=True)
     for latent in LATENTS:
         cells = [runs.summary(own[latent]) for own in panels.values()]
         runs.print_row(latent, *cells, f"{quality[latent]:.3f}")

@@ -5,7 +5,7 @@
     python tests/paper/recipes.py --only fast paper --plot frontier.png
 
 Each is trained on one thread for as many steps as take the seconds of processor time there. Results
-that --out has are not made again. Start rows are not repeated, and terminals are the column's.
+that --out has are not made again. Starts are not known, and terminals are the column's.
 """
 
 import math

@@ -710,7 +710,7 @@ def thin(rows, real, starts, times, num_samples):
     learned = real.repeat_interleave(times, dim=0)
     learned += 0.1 * real.std(0) * torch.randn_like(learned)  # as the model's errors
     starts = starts.repeat_interleave(times)[:, None]
-    leaf = max(1, int(starts.sum()) // 8)
+    leaf = max(1, int(starts.sum()) // 32)
     kind = predict(both, learned, starts, class_weight="balanced", min_samples_leaf=leaf)
     kind = kind[:, 0].long().numpy()
     for x in both.numpy().T:

@@ -541,8 +541,8 @@ def train_edm(
     torch.manual_seed(args.diffusion_seed)
     model = make(rows.shape[1], recipe)
     model.starts = rows[:, 0].new_zeros(len(rows)) if starts is None else starts.float()
-    model.fit_normalizer(rows, raw_columns)
     rows = rows.repeat_interleave(repeats(rows, model.starts, recipe.rare_share), dim=0)
+    model.fit_normalizer(rows, raw_columns)  # so rare rows have knots of their own
     x = model.to(device).normalize(rows.to(device))
     return run_training(model, x, args, settings, device, run)
 

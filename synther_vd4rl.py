@@ -193,7 +193,7 @@ class DrQBC(nn.Module):
         self.critic_params = [*self.critic_trunk.parameters(), *self.critic.parameters()]
         targets = nn.ModuleList([self.critic_trunk_target, self.critic_target])
         self.target_params = list(targets.parameters())
-        adam = dict(lr=args.learning_rate, fused=True, capturable=args.device == "cuda")
+        adam = dict(lr=args.learning_rate, fused=True, capturable=True)
         self.optimizers = {}
         if self.has_critic:
             params = [*self.encoder.parameters(), *self.critic_params]

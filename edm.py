@@ -221,8 +221,8 @@ class Denoiser(nn.Module):
 
 
 class RowModel(nn.Module):
-    """A generative model of rows, and their normaliser. A subclass needs `loss(x)`, the mean loss of
-    normalised rows [batch, dim], and `sample(num_rows)`, new rows in raw units. `changes` are to
+    """A generative model of rows, and their normaliser. A subclass needs `loss(x)`, the mean loss
+    of normalised rows [batch, dim], and `sample(num_rows)`, new rows in raw units. `changes` are to
     the recipe, such as width=64."""
 
     def __init__(self, dim, recipe=Recipe(), **changes):
@@ -629,8 +629,8 @@ def generate(model, num_samples, seed=0, **changes):
 
 
 def generate_transitions(model, real, num_samples, seed=0, *, reward=None, **changes):
-    """`generate` rows [s, a, r, s', d] like `real` [N, dim], which the model learned from. d is 0 or
-    1. Ours, in `fast`: a decision tree, which finds limits of s' exactly, gives d, and r (column
+    """`generate` rows [s, a, r, s', d] like `real` [N, dim], which the model learned from. d is 0
+    or 1. Ours, in `fast`: a decision tree, which finds limits of s' exactly, gives d, and r (column
     `reward`) if its values are few. Rare rows have their share in `real`."""
     recipe = replace(model.recipe, **changes)
     starts = model.starts if len(model.starts) == len(real) else real.new_zeros(len(real))

@@ -210,8 +210,8 @@ def point(tmp_path_factory):
 @offline
 def test_agent_learns_from_generated_transitions(tmp_path, point, script):
     """From random data alone, each agent comes closer to the best policy of a simple task."""
-    options = dict(updates=1_000, hidden_dim=32, batch_size=64, learning_rate=3e-3, tau=0.02)
-    options |= dict(discount=0.8, eval_every=1_000, eval_episodes=20, device="cpu")
+    options = dict(updates=600, hidden_dim=32, batch_size=64, learning_rate=3e-3, tau=0.02)
+    options |= dict(discount=0.8, eval_every=600, eval_episodes=20, device="cpu")
     of_agents = [dict(alpha=100.0), dict(beta=30.0), dict(eta=0.1, num_q=3)]
     folder = run(script, tmp_path, **options | point | of_agents[OFFLINE.index(script)])
     trained = np.load(folder / "final_returns.npz")["returns"][-1].mean()
